@@ -1,0 +1,31 @@
+"""The commands, and what they have in common: how they start and how they fail."""
+
+import importlib
+import os
+import sys
+
+COMMANDS = {
+    "eval": "evaluate retrieval on benchmarks: table, results.json, ranks, report",
+    "train": "train a model from a config",
+    "embed": "turn a gallery of pictures into vectors on disk",
+    "index": "build a search index from vectors",
+    "search": "search an index with text or a picture",
+}
+
+
+def start(name: str) -> None:
+    """Run one command; a foreseeable failure is one line on stderr and a non-zero exit code.
+
+    `CIR_JAX_TRACEBACK=1` in the environment shows where an error came from.
+    """
+    module = importlib.import_module(f"cir_jax.{name}")
+    try:
+        module.main()
+    except KeyboardInterrupt:
+        print("interrupted; finished parts are kept", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
+        if os.environ.get("CIR_JAX_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)

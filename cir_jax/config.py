@@ -1,0 +1,153 @@
+"""Experiments and evaluations as frozen dataclasses; a config file is a Python file that defines `config`.
+
+Nothing here imports JAX, so that command lines answer quickly. Every field can be overridden on the command line
+(`--optim.lr 1e-4`) and the whole is stored as JSON beside what it made.
+"""
+
+import runpy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar
+
+MethodConfig = TypeVar("MethodConfig")
+
+
+@dataclass(frozen=True)
+class Data:
+    """One training set.
+
+    `weight` is its number of batches in each round over all training sets: every batch comes from one set only, so
+    sets whose queries have different parts (text, picture and text) can train together.
+    """
+
+    name: str
+    root: str = ""
+    variant: str = "both"
+    split: str = "train"
+    weight: int = 1
+
+
+@dataclass(frozen=True)
+class Optim:
+    """AdamW. `frozen` are patterns over whole parameter paths (`text/.*`); frozen parameters keep no moments."""
+
+    lr: float = 1e-3
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.98)
+    warmup: int = 0
+    schedule: Literal["cosine", "constant"] = "cosine"
+    clip_norm: float = 1.0
+    frozen: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Train:
+    """Length and rhythm of a run, in steps. `batch_size` is the global batch over all processes and devices."""
+
+    steps: int
+    batch_size: int
+    seed: int = 0
+    log_every: int = 10
+    save_every: int = 200
+    eval_every: int = 200
+    augment: bool = True
+    export_dtype: Literal["float32", "float16"] = "float32"
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """How many ways parameters are split; devices left over split the batch."""
+
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class Experiment(Generic[MethodConfig]):
+    """Everything a training run needs.
+
+    `evals` are benchmarks as `name/variant/split`; the checkpoint with the best mean of `best` over them is kept.
+    `init` maps a parameter prefix to a checkpoint it starts from; the prefix "" is the whole model.
+    """
+
+    method: MethodConfig
+    data: tuple[Data, ...]
+    train: Train
+    optim: Optim = Optim()
+    mesh: Mesh = Mesh()
+    init: Mapping[str, str] = field(default_factory=dict)
+    evals: tuple[str, ...] = ()
+    best: str = "recall@10"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One row of an evaluation: who retrieves what, with which index."""
+
+    benchmark: str
+    retriever: str
+    index: Literal["exact", "scann"] = "exact"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A list of runs; `python -m cir_jax.eval` carries them out."""
+
+    runs: tuple[Run, ...]
+
+
+def config_folder() -> Path:
+    """Where the packaged configs are: inside the installed package, or beside it in a source tree."""
+    package = Path(__file__).resolve().parent
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def packaged_configs() -> list[str]:
+    return sorted(path.stem for path in config_folder().glob("*.py"))
+
+
+def find_config(name: str) -> Path:
+    """The file of a config given as a path or as the name of a packaged one."""
+    path = Path(name)
+    if path.suffix == ".py":
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no config file {path.absolute()}")
+        return path
+    packaged = config_folder() / f"{name}.py"
+    if not packaged.is_file():
+        raise FileNotFoundError(
+            f"no packaged config is named {name!r}; there are {', '.join(packaged_configs())}, "
+            f"or give the path of a .py file that defines `config`"
+        )
+    return packaged
+
+
+def load_config(name: str, kind: type):
+    """The `config` of a config file, checked to be of the expected kind (`Experiment` or `Evaluation`)."""
+    path = find_config(name)
+    config = runpy.run_path(str(path)).get("config")
+    if not isinstance(config, kind):
+        found = "nothing of that name" if config is None else f"a {type(config).__name__}"
+        raise ValueError(f"{path} must define `config = {kind.__name__}(…)`; it defines {found}")
+    return config
+
+
+def to_json(config) -> Any:
+    """A config as plain dictionaries and lists."""
+    import cattrs
+
+    return cattrs.Converter().unstructure(config)
+
+
+def from_json(kind: type, value: Any):
+    """The config of dataclass `kind` that `to_json` wrote; unknown, missing or mistyped fields are one error."""
+    import cattrs
+    from cattrs import transform_error
+
+    try:
+        return cattrs.Converter(forbid_extra_keys=True).structure(value, kind)
+    except Exception as error:
+        faults = "\n  ".join(transform_error(error, path=kind.__name__))
+        raise ValueError(f"this is not a {kind.__name__} of this version:\n  {faults}") from None

@@ -1,0 +1,175 @@
+"""Pictures to arrays, byte for byte as PIL and torchvision do it; the only file that imports Pillow."""
+
+import base64
+import io
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+Source: TypeAlias = "str | os.PathLike | bytes | np.ndarray | Image.Image"
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """How a picture becomes the square a model reads.
+
+    Attributes:
+      size: side of the square.
+      resize: "short" takes the short side to `size` and cuts the centre; "squash" ignores the aspect ratio.
+      filter: of the resize, always with antialiasing.
+      crop_offset: "round" as torchvision (half to even), "floor" as Hugging Face; one pixel apart when the part to cut
+        is 3 modulo 4.
+      convert_first: RGB before the resize. False is the order of CLIP, open_clip and FTI4CIR, under which pictures
+        with a palette are resized with nearest neighbour and transparent ones by weighted colours.
+      background: colour under transparent pixels; None drops the transparency as `Image.convert("RGB")` does, which
+        is what the published pipelines do and which shows whatever colour the hidden pixels have.
+      mean: subtracted from values in [0, 1].
+      std: divides the difference.
+    """
+
+    size: int = 224
+    resize: Literal["short", "squash"] = "short"
+    filter: Literal["bicubic", "bilinear"] = "bicubic"
+    crop_offset: Literal["round", "floor"] = "round"
+    convert_first: bool = True
+    background: tuple[int, int, int] | None = None
+    mean: tuple[float, float, float] = CLIP_MEAN
+    std: tuple[float, float, float] = CLIP_STD
+
+    def __post_init__(self):
+        if self.size < 1:
+            raise ValueError(f"image size {self.size}; expected at least 1")
+        _one_of("resize", self.resize, ("short", "squash"))
+        _one_of("filter", self.filter, ("bicubic", "bilinear"))
+        _one_of("crop_offset", self.crop_offset, ("round", "floor"))
+
+
+def open_image(source: Source) -> "Image.Image":
+    """The decoded picture in the mode of its file.
+
+    The orientation that a camera notes in EXIF is not applied, as in all the published pipelines. Sixteen-bit grey
+    is cut off at 255 by a later conversion to RGB, as Pillow does it.
+
+    Args:
+      source: path, the bytes of a file, a picture of Pillow's, or a uint8 array `[H, W, 3]`.
+
+    Raises:
+      FileNotFoundError: no file at that path.
+      ValueError: not a picture, a damaged one, or one above Pillow's limit against decompression bombs; an array
+        of another type or shape.
+    """
+    from PIL import Image
+
+    if isinstance(source, Image.Image):
+        return source
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or not source.size:
+            raise ValueError(
+                f"picture array is {source.dtype} {source.shape}; expected uint8 [H, W, 3]"
+            )
+        return Image.fromarray(source)
+    if isinstance(source, bytes):
+        return _decode(source, f"picture of {len(source)} bytes")
+    if isinstance(source, str | os.PathLike):
+        return _decode(Path(source).read_bytes(), str(Path(source).absolute()))
+    raise ValueError(
+        f"cannot read a picture from {type(source).__name__}; expected a path, bytes, an array or a PIL picture"
+    )
+
+
+def crop(image: Source, spec: ImageSpec) -> np.ndarray:
+    """The square of a picture that the model sees, `[size, size, 3]` uint8.
+
+    Applied to its own result it changes nothing, so cut pictures can be kept and prepared later.
+    """
+    picture = open_image(image)
+    if spec.convert_first:
+        picture = _rgb(picture, spec.background)
+    picture = _centre(_resize(picture, spec), spec)
+    return np.asarray(_rgb(picture, spec.background))
+
+
+def prepare(image: Source, spec: ImageSpec) -> np.ndarray:
+    """The normalised square, `[size, size, 3]` float32; the operations and their order are torchvision's."""
+    values = crop(image, spec).astype(np.float32)
+    values /= np.float32(255)
+    values -= np.asarray(spec.mean, np.float32)
+    values /= np.asarray(spec.std, np.float32)
+    return values
+
+
+def data_uri(image: Source, longest: int = 256) -> str:
+    """A small copy on white as a `data:` address for an HTML page; PNG up to 128 pixels, JPEG above."""
+    picture = _rgb(open_image(image), (255, 255, 255)).copy()
+    picture.thumbnail((longest, longest))
+    kind = "png" if max(picture.size) <= 128 else "jpeg"
+    data = io.BytesIO()
+    picture.save(data, kind, optimize=True)
+    return f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}"
+
+
+def _one_of(name, value, choices):
+    if value not in choices:
+        raise ValueError(f"image {name} is {value!r}; expected one of {', '.join(choices)}")
+
+
+def _decode(data: bytes, name: str) -> "Image.Image":
+    from PIL import Image
+
+    try:
+        picture = Image.open(io.BytesIO(data))
+        picture.load()
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's decoders raise a dozen kinds, some of them undocumented
+        reason = "unknown format" if isinstance(error, Image.UnidentifiedImageError) else error
+        raise ValueError(
+            f"{name}: cannot be read as a picture ({reason}); replace or remove it"
+        ) from error
+    return picture
+
+
+def _rgb(picture: "Image.Image", background: tuple[int, int, int] | None) -> "Image.Image":
+    from PIL import Image
+
+    if background is not None and picture.has_transparency_data:
+        under = Image.new("RGBA", picture.size, (*background, 255))
+        return Image.alpha_composite(under, picture.convert("RGBA")).convert("RGB")
+    if picture.mode == "P" and isinstance(picture.info.get("transparency"), bytes):
+        picture = picture.copy()
+        del picture.info["transparency"]  # same pixels, without Pillow's warning
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
+
+
+def _resize(picture: "Image.Image", spec: ImageSpec) -> "Image.Image":
+    from PIL import Image
+
+    width, height = picture.size
+    short, long = min(width, height), max(width, height)
+    scaled = spec.size if spec.resize == "squash" else int(spec.size * long / short)
+    size = (spec.size, scaled) if width <= height else (scaled, spec.size)
+    if size == picture.size:
+        return picture
+    if Image.MAX_IMAGE_PIXELS and size[0] * size[1] > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(
+            f"a picture of {width} x {height} is too long: scaled to {size[0]} x {size[1]} it has more than "
+            f"{Image.MAX_IMAGE_PIXELS} pixels; cut it"
+        )
+    return picture.resize(size, Image.Resampling[spec.filter.upper()])
+
+
+def _centre(picture: "Image.Image", spec: ImageSpec) -> "Image.Image":
+    if picture.size == (spec.size, spec.size):
+        return picture
+    excess = [side - spec.size for side in picture.size]
+    left, top = [round(e / 2) if spec.crop_offset == "round" else e // 2 for e in excess]
+    return picture.crop((left, top, left + spec.size, top + spec.size))

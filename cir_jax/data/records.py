@@ -1,0 +1,345 @@
+"""Galleries: pictures with ids, read at random from folders, lists, tar shards or built-in data.
+
+`open_gallery` takes what a person types and gives a `Gallery`; its locator, a JSON dictionary,
+opens the same gallery again from an index on disk.
+"""
+
+import csv
+import functools
+import io
+import json
+import os
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+LISTS = (".txt", ".jsonl", ".csv")
+UNDERSTOOD = """a gallery is one of
+  a folder of pictures, searched with its subfolders
+  a list file: .txt with a path per line; .jsonl or .csv with `image` and, if known, `id`, `text`;
+    paths are relative to the list
+  tar shards with files KEY.jpg and, if known, KEY.txt: x.tar, a folder of such files,
+    'x-{00000..00003}.tar' or 'x-*.tar'
+  a built-in data set: emoji, emoji:noto, emoji:twemoji"""
+
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Items by row, each `{"image", "id"}` and `"text"` where known.
+
+    `image` is a path, the bytes of a file, or uint8 `[H, W, 3]`; nothing is decoded or checked
+    before it is used. `locator` is a JSON dictionary that `open_gallery` understands.
+    """
+
+    ids: Sequence[str]
+    locator: Mapping[str, Any]
+    read: Callable[[int], dict]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, row: int) -> dict:
+        row = range(len(self.ids))[row]
+        return {**self.read(row), "id": self.ids[row]}
+
+
+def open_gallery(source: str | os.PathLike | Mapping[str, Any]) -> Gallery:
+    """Opens a gallery.
+
+    Args:
+      source: a folder of pictures, a list file, tar shards, a built-in data set (`UNDERSTOOD` has
+        the details), or the locator of a gallery. A built-in name wins over a folder of that name;
+        `./emoji` is the folder.
+
+    Raises:
+      FileNotFoundError: nothing there; the message lists what is understood.
+      ValueError: a path that leads out of the folder of its list or archive, an id twice, a
+        malformed list, a compressed archive.
+    """
+    if isinstance(source, Mapping):
+        return _from_locator(source)
+    name = os.fspath(source)
+    if name == "emoji" or name.startswith("emoji:"):
+        return _emoji(name.partition(":")[2] or "both")
+    path = Path(name).absolute()
+    if path.is_dir():
+        return _folder_of_shards(path) or _folder(path)
+    if path.name.endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")):
+        raise ValueError(f"{path} is compressed and cannot be read at random; unpack it to .tar")
+    if path.suffix == ".tar":
+        return _shards(str(path))
+    if path.is_file() and path.suffix.lower() in LISTS:
+        return _list(path)
+    raise FileNotFoundError(f"there is no gallery {name!r}; {UNDERSTOOD}")
+
+
+def _from_locator(locator):
+    openers = {
+        "folder": ("root", lambda root: _folder(Path(root))),
+        "list": ("file", lambda file: _list(Path(file))),
+        "tar": ("shards", _shards),
+        "emoji": ("style", _emoji),
+    }
+    kind = locator.get("kind")
+    if kind not in openers:
+        raise ValueError(f"a gallery of kind {kind!r}; known are {', '.join(openers)}")
+    field, opener = openers[kind]
+    if field not in locator:
+        raise ValueError(f"the gallery {dict(locator)} does not say its {field!r}")
+    return opener(locator[field])
+
+
+def _gallery(ids, locator, read):
+    """A gallery whose ids can be told apart and written one to a line."""
+    faults = [f"{name!r} occurs {n} times" for name, n in Counter(ids).items() if n > 1]
+    faults += [f"{name!r} is not printable in one line" for name in ids if not _writable(name)]
+    if faults:
+        more = f"\n  and {len(faults) - 5} more" if len(faults) > 5 else ""
+        listed = "\n  ".join(faults[:5])
+        raise ValueError(f"unusable ids in the gallery {locator}:\n  {listed}{more}")
+    return Gallery(ids, locator, read)
+
+
+def _writable(name):
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return bool(name) and name == "".join(name.splitlines())
+
+
+# ---- folders ----
+
+
+def _folder(root):
+    if not root.is_dir():
+        raise FileNotFoundError(f"the folder {root} of a gallery is gone; {UNDERSTOOD}")
+    ids = sorted(_pictures(root))
+    if not ids:
+        raise FileNotFoundError(f"{root} holds no pictures ({' '.join(PICTURES)}); {UNDERSTOOD}")
+    read = functools.partial(_read_file, root, ids, {})
+    return _gallery(ids, {"kind": "folder", "root": str(root)}, read)
+
+
+def _pictures(root) -> Iterator[str]:
+    """Paths of pictures below `root`, relative, with slashes; nothing hidden."""
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            if name.lower().endswith(PICTURES) and not name.startswith("."):
+                yield (Path(folder) / name).relative_to(root).as_posix()
+
+
+def _read_file(root, paths, texts, row):
+    item = {"image": str(_inside(root, paths[row]))}
+    return item | ({"text": texts[row]} if row in texts else {})
+
+
+def _inside(root, relative):
+    """The file `relative` of the folder `root`, which links may not lead out of."""
+    path = root / relative
+    if not path.resolve().is_relative_to(root.resolve()):
+        raise ValueError(f"{path} leads out of {root}, to {path.resolve()}; copy the file there")
+    return path
+
+
+# ---- lists ----
+
+
+def _list(file):
+    if not file.is_file():
+        raise FileNotFoundError(f"the list {file} of a gallery is gone; {UNDERSTOOD}")
+    records = [record for record in _RECORDS[file.suffix.lower()](file) if record["image"]]
+    root = file.parent
+    faults, paths = [], []
+    for record in records:
+        path = os.path.normpath(os.path.relpath(root / record["image"], root))
+        if path.split(os.sep)[0] == "..":
+            faults.append(record["image"])
+        paths.append(Path(path).as_posix())
+    if faults:
+        raise ValueError(
+            f"{len(faults)} paths in {file} lead out of its folder {root}, the first {faults[:5]}; "
+            f"put the list into a folder above the pictures"
+        )
+    if not records:
+        raise ValueError(f"{file} names no pictures")
+    ids = [record.get("id") or path for record, path in zip(records, paths, strict=True)]
+    texts = {row: record["text"] for row, record in enumerate(records) if record.get("text")}
+    read = functools.partial(_read_file, root, paths, texts)
+    return _gallery(ids, {"kind": "list", "file": str(file)}, read)
+
+
+def _text_records(file):
+    for line in _text(file).split("\n"):
+        yield {"image": line.strip()}
+
+
+def _json_records(file):
+    for number, line in enumerate(_text(file).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file}, line {number} is not JSON: {error}") from None
+        if not isinstance(record, dict):
+            raise ValueError(f"{file}, line {number} is no JSON object with `image`: {line[:60]}")
+        yield _record(record, f"{file}, line {number}")
+
+
+def _table_records(file):
+    reader = csv.DictReader(io.StringIO(_text(file), newline=""))
+    for record in reader:
+        yield _record(record, f"{file}, line {reader.line_num}")
+
+
+def _text(file):
+    try:
+        return file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8: {error}") from None
+
+
+def _record(record, place):
+    """`image`, `id` and `text` of one entry, as strings."""
+    if not isinstance(record.get("image"), str) or not record["image"].strip():
+        found = ", ".join(map(str, record)) or "nothing"
+        raise ValueError(f"{place} has no `image` with a path; it has {found}")
+    known = {key: record.get(key) for key in ("image", "id", "text")}
+    return {key: str(value) for key, value in known.items() if value is not None}
+
+
+_RECORDS = {".txt": _text_records, ".jsonl": _json_records, ".csv": _table_records}
+
+
+# ---- tar shards ----
+
+
+class _Member(NamedTuple):
+    """Where the bytes of a file lie in a shard."""
+
+    shard: str
+    offset: int
+    size: int
+
+
+def _folder_of_shards(root):
+    """The gallery of the tar files in a folder, or None if it has none."""
+    shards = [path for path in root.glob("*.tar") if not path.name.startswith(".")]
+    if not shards:
+        return None
+    if next(_pictures(root), None):
+        raise ValueError(
+            f"{root} holds pictures and tar shards; "
+            f"give '{root}/*.tar' for the shards, or move one kind away"
+        )
+    return _shards(str(root / "*.tar"))
+
+
+def _shards(pattern):
+    """The gallery of all shards that a pattern with `{000..123}`, `*` and `?` names, in order."""
+    files = _expand(Path(pattern))
+    members = {path: _members(path) for path in files}
+    keys = [(path, key) for path, found in members.items() for key in found]
+    repeated = len({key for _, key in keys}) < len(keys)
+    # Keys are unique in what img2dataset writes; other tools number each shard from the start.
+    ids = [f"{path.stem}/{key}" if repeated else key for path, key in keys]
+    read = functools.partial(_read_members, [members[path][key] for path, key in keys])
+    if not ids:
+        raise FileNotFoundError(f"no pictures in {pattern} ({len(files)} shards); {UNDERSTOOD}")
+    return _gallery(ids, {"kind": "tar", "shards": pattern}, read)
+
+
+def _expand(pattern):
+    """The files a pattern names, sorted; members of a range must all be there."""
+    names = [pattern.name]
+    while match := _RANGE.search(names[0]):
+        low, high = match[1], match[2]
+        numbers = [f"{n:0{len(low)}d}" for n in range(int(low), int(high) + 1)]
+        names = [_RANGE.sub(number, name, count=1) for name in names for number in numbers]
+    if len(names) > 1:
+        files = [pattern.parent / name for name in names]
+    elif {"*", "?"} & set(pattern.name):
+        files = sorted(pattern.parent.glob(pattern.name))
+    else:
+        files = [pattern]
+    missing = [str(path) for path in files if not path.is_file()]
+    if missing or not files:
+        listed = ", ".join(missing[:5]) or str(pattern)
+        raise FileNotFoundError(f"missing tar shards: {listed}; {UNDERSTOOD}")
+    return files
+
+
+def _members(shard) -> dict[str, dict[str, _Member]]:
+    """The pictures of a shard by key, each `{"image": member}`, and `"text"` where known."""
+    pictures, texts = {}, {}
+    for info in _headers(shard):
+        path = PurePosixPath(info.name)
+        if path.is_absolute() or ".." in path.parts:
+            raise ValueError(f"{shard} has a member {info.name!r} that leaves its folder; refused")
+        if not info.isreg() or info.issparse() or path.name.startswith("."):
+            continue
+        member = _Member(str(shard), info.offset_data, info.size)
+        key, suffix = str(path.with_suffix("")), path.suffix.lower()
+        if suffix in PICTURES and key in pictures:
+            raise ValueError(f"{shard} has two pictures with the key {key!r}")
+        if suffix in PICTURES:
+            pictures[key] = member
+        elif suffix == ".txt":
+            texts[key] = member
+    join = lambda key: {"text": texts[key]} if key in texts else {}
+    return {key: {"image": member, **join(key)} for key, member in pictures.items()}
+
+
+def _headers(shard):
+    try:
+        with tarfile.open(shard, "r:") as archive:
+            yield from archive
+            # tarfile takes a damaged header for the end; a real end is nothing or zeros.
+            archive.fileobj.seek(archive.offset)
+            if archive.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
+                raise tarfile.ReadError(f"damaged header at byte {archive.offset}")
+    except tarfile.TarError as error:
+        raise ValueError(f"{shard} cannot be read as an uncompressed tar file: {error}") from None
+
+
+def _read_members(members, row):
+    found = {part: _bytes(member) for part, member in members[row].items()}
+    return found | (
+        {"text": found["text"].decode(errors="replace").strip()} if "text" in found else {}
+    )
+
+
+def _bytes(member):
+    with open(member.shard, "rb") as file:
+        file.seek(member.offset)
+        data = file.read(member.size)
+    if len(data) < member.size:
+        raise ValueError(f"{member.shard} ends within a file at byte {member.offset}; it was cut")
+    return data
+
+
+# ---- built-in data ----
+
+
+def _emoji(style):
+    from cir_jax.data import emoji
+
+    if style == "both":
+        items = [
+            {**item, "id": f"{each}/{item['id']}"}
+            for each in emoji.STYLES
+            for item in emoji.gallery(each)
+        ]
+    else:
+        items = emoji.gallery(style)
+    ids = [item["id"] for item in items]
+    return _gallery(ids, {"kind": "emoji", "style": style}, items.__getitem__)

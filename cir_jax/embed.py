@@ -1,0 +1,140 @@
+"""`python -m cir_jax.embed CHECKPOINT GALLERY DEST`: a gallery of pictures to vectors on disk."""
+
+import os
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import tyro
+
+from cir_jax.progress import progress
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Embed a gallery: one vector per picture.
+
+    CHECKPOINT is a folder or the name of a packaged model (`emoji_text`). GALLERY is a folder of pictures, a list
+    file, tar shards, or the name of a data set. DEST is a new folder; an interrupted run continues when the same
+    command is given again. Pictures that cannot be read are skipped and listed in DEST/manifest.json.
+    """
+
+    checkpoint: tyro.conf.Positional[str]
+    gallery: tyro.conf.Positional[str]
+    dest: tyro.conf.Positional[Path]
+    batch_size: int = 128
+    """pictures computed at once"""
+    shard_size: int = 8192
+    """rows of one file; what an interruption can lose"""
+    dtype: Literal["float32", "float16"] = "float32"
+    """type on disk"""
+    strict: bool = False
+    """stop at the first picture that cannot be read"""
+
+
+def read_pictures(gallery, rows: Sequence[int], spec, pool) -> tuple[list[dict], list[dict]]:
+    """(examples, skipped) of some gallery rows.
+
+    An example is `{"id", "image"}` with the picture already cut to what the model reads, uint8 `[S, S, 3]`; skipped
+    pictures are `{"id", "reason"}`.
+    """
+    from cir_jax.data.images import crop, open_image
+
+    def read(row):
+        item = gallery[row]
+        try:
+            return {"id": item["id"], "image": crop(open_image(item["image"]), spec)}
+        except (ValueError, OSError) as error:
+            return {"id": item["id"], "reason": str(error)}
+
+    read_rows = list(pool.map(read, rows))
+    return [x for x in read_rows if "image" in x], [x for x in read_rows if "reason" in x]
+
+
+def embed(
+    checkpoint: str | os.PathLike,
+    source: str | os.PathLike,
+    dest: str | os.PathLike,
+    *,
+    batch_size: int = 128,
+    shard_size: int = 8192,
+    dtype: Literal["float32", "float16"] = "float32",
+    strict: bool = False,
+) -> Path:
+    """Write the vectors of every picture of a gallery to the folder `dest`, continuing where an earlier run stopped.
+
+    Raises:
+      ValueError: a gallery without readable pictures; with `strict`, the first picture that cannot be read; a `dest`
+        begun by another checkpoint, from another gallery, or with another dtype.
+    """
+    from cir_jax.data.records import open_gallery
+    from cir_jax.model import lasting_name, load
+    from cir_jax.vectors import VectorWriter
+
+    gallery = open_gallery(source)
+    if not len(gallery):
+        raise ValueError(f"{source} holds no pictures; there is nothing to embed")
+    model = load(checkpoint)
+    writer = VectorWriter(
+        dest,
+        fingerprint=model.fingerprint,
+        checkpoint=lasting_name(checkpoint),
+        gallery=gallery.locator,
+        dtype=dtype,
+    )
+    with ThreadPoolExecutor() as pool, progress("embedding", len(gallery), writer.done) as advance:
+        for start in range(writer.done, len(gallery), shard_size):
+            vectors, ids, skipped = [], [], []
+            stop = min(start + shard_size, len(gallery))
+            for first in range(start, stop, batch_size):
+                rows = range(first, min(first + batch_size, stop))
+                examples, broken = read_pictures(gallery, rows, model.config.inputs.image, pool)
+                if strict and broken:
+                    raise ValueError(f"{broken[0]['reason']}; without --strict it would be skipped")
+                if examples:
+                    vectors.append(model.encode("item", examples, batch_size))
+                ids += [example["id"] for example in examples]
+                skipped += broken
+                advance(len(rows))
+            writer.add(np.concatenate(vectors) if vectors else np.zeros((0, 0)), ids, skipped)
+    if not writer.rows:
+        raise ValueError(f"none of the {len(gallery)} pictures of {source} could be read")
+    writer.finish()
+    report_skipped(writer, Path(dest))
+    return Path(dest)
+
+
+def report_skipped(writer, dest: Path) -> None:
+    """Say how much was written, and which pictures were not."""
+    skipped = writer.manifest["skipped"]
+    print(f"{writer.rows} vectors of width {writer.manifest['width']} in {dest}")
+    for item in skipped[:5]:
+        print(f"skipped {item['id']}: {item['reason']}", file=sys.stderr)
+    if skipped:
+        print(
+            f"{len(skipped)} pictures skipped, all listed in {dest / 'manifest.json'}",
+            file=sys.stderr,
+        )
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = tyro.cli(Arguments, args=argv, prog="python -m cir_jax.embed")
+    embed(
+        arguments.checkpoint,
+        arguments.gallery,
+        arguments.dest,
+        batch_size=arguments.batch_size,
+        shard_size=arguments.shard_size,
+        dtype=arguments.dtype,
+        strict=arguments.strict,
+    )
+
+
+if __name__ == "__main__":
+    from cir_jax.commands import start
+
+    start("embed")

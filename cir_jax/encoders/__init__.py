@@ -1,0 +1,1 @@
+"""Architectures: parameters and forward passes, without losses, data or file formats."""

@@ -1,0 +1,147 @@
+"""CLIP's two transformers (Radford et al. 2021; openai/CLIP `clip/model.py`), any size by config.
+
+The vision tower reads `[B, S, S, 3]` pictures that are already normalised, the text tower `[B, L]` token ids whose
+largest id is the end-of-text token. Both return `[B, embed]`, not normalised.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from cir_jax.encoders.layers import (
+    Activation,
+    Attention,
+    Dtype,
+    Linear,
+    Mlp,
+    layer_norm,
+    normal,
+    product,
+    run,
+    stack,
+)
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Size of the vision transformer; `size` and `patch` in pixels."""
+
+    size: int = 224
+    patch: int = 32
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Size of the text transformer; `length` counts tokens with start and end."""
+
+    vocabulary: int = 49408
+    length: int = 77
+    width: int = 512
+    layers: int = 12
+    heads: int = 8
+
+
+class Block(nnx.Module):
+    """Pre-norm transformer block. `depth` is the tower's number of blocks and scales the initial weights."""
+
+    def __init__(self, width, heads, depth, *, activation: Activation, dtype: Dtype, rngs):
+        std, out_std = width**-0.5, width**-0.5 * (2 * depth) ** -0.5
+        self.ln1 = layer_norm(width, rngs)
+        self.attention = Attention(width, heads, std=std, out_std=out_std, dtype=dtype, rngs=rngs)
+        self.ln2 = layer_norm(width, rngs)
+        self.mlp = Mlp(
+            width,
+            4 * width,
+            activation=activation,
+            std=(2 * width) ** -0.5,
+            out_std=out_std,
+            dtype=dtype,
+            rngs=rngs,
+        )
+
+    def __call__(self, x, mask=None):
+        x = x + self.attention(self.ln1(x), mask=mask)
+        return x + self.mlp(self.ln2(x))
+
+
+def _blocks(config, activation, dtype, rngs):
+    make = lambda rngs: Block(
+        config.width, config.heads, config.layers, activation=activation, dtype=dtype, rngs=rngs
+    )
+    return stack(make, config.layers, rngs)
+
+
+class ClipVision(nnx.Module):
+    """Pictures `[B, S, S, 3]` -> `[B, embed]`."""
+
+    def __init__(self, config: VisionConfig, embed, *, activation, dtype, remat, rngs):
+        if config.size % config.patch:
+            raise ValueError(
+                f"picture size {config.size} is not a multiple of patch {config.patch}"
+            )
+        width, scale = config.width, config.width**-0.5
+        tokens = (config.size // config.patch) ** 2 + 1
+        self.config, self.dtype, self.remat = config, dtype, remat
+        # Stored as a convolution kernel [patch, patch, 3, width]; applied as a product over flattened patches.
+        shape = (config.patch, config.patch, 3, width)
+        self.patch_kernel = normal(rngs, shape, (3 * config.patch**2) ** -0.5)
+        self.class_token = normal(rngs, (width,), scale)
+        self.positions = normal(rngs, (tokens, width), scale)
+        self.ln_pre = layer_norm(width, rngs)
+        self.blocks = _blocks(config, activation, dtype, rngs)
+        self.ln_post = layer_norm(width, rngs)
+        self.project = Linear(width, embed, std=scale, bias=False, dtype=dtype, rngs=rngs)
+
+    def tokens(self, images: jax.Array, kept: jax.Array | None = None) -> jax.Array:
+        """All states after the last block, `[B, 1 + patches, width]`, class token first.
+
+        `kept` `[B, n]` names the patches that are read (training on part of each picture); None reads all.
+        """
+        p, (b, h, w, c) = self.config.patch, images.shape
+        patches = images.reshape(b, h // p, p, w // p, p, c).transpose(0, 1, 3, 2, 4, 5)
+        patches = patches.reshape(b, -1, p * p * c)
+        x = product(
+            "bnp,pw->bnw", patches, self.patch_kernel[...].reshape(p * p * c, -1), self.dtype
+        )
+        first = jnp.broadcast_to(self.class_token[...], (b, 1, x.shape[-1])).astype(x.dtype)
+        x = jnp.concatenate([first, x], axis=1) + self.positions[...]
+        if kept is not None:
+            rows = jnp.pad(kept + 1, ((0, 0), (1, 0)))
+            x = jnp.take_along_axis(x, rows[..., None], axis=1)
+        return run(self.blocks, self.ln_pre(x), remat=self.remat)
+
+    def random_patches(self, rows: int, share: float, key: jax.Array) -> jax.Array:
+        """A random choice of patches for each of `rows` pictures, `[rows, share * patches]`."""
+        patches = len(self.positions[...]) - 1
+        noise = jax.random.uniform(key, (rows, patches))
+        return jnp.argsort(noise, axis=1)[:, : max(1, round(share * patches))]
+
+    def __call__(self, images: jax.Array, kept: jax.Array | None = None) -> jax.Array:
+        return self.project(self.ln_post(self.tokens(images, kept)[:, 0]))
+
+
+class ClipText(nnx.Module):
+    """Token ids `[B, L]` -> `[B, embed]`; L may be any length up to the config's."""
+
+    def __init__(self, config: TextConfig, embed, *, activation, dtype, remat, rngs):
+        width = config.width
+        self.config, self.remat = config, remat
+        self.embedding = normal(rngs, (config.vocabulary, width), 0.02)
+        self.positions = normal(rngs, (config.length, width), 0.01)
+        self.blocks = _blocks(config, activation, dtype, rngs)
+        self.ln_final = layer_norm(width, rngs)
+        self.project = Linear(width, embed, std=width**-0.5, bias=False, dtype=dtype, rngs=rngs)
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        length = ids.shape[1]
+        x = self.embedding[...][ids] + self.positions[...][:length]
+        causal = jnp.tril(jnp.ones((length, length), bool))
+        x = self.ln_final(run(self.blocks, x, causal, remat=self.remat))
+        # The end token has the largest id; padding behind it is invisible to it under the causal mask.
+        last = jnp.argmax(ids, axis=1)
+        return self.project(jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0])

@@ -1,0 +1,44 @@
+"""Training losses. Written as if there were one device: under `jax.jit` on a mesh the batch is global."""
+
+import jax
+import jax.numpy as jnp
+
+
+def contrastive(
+    queries: jax.Array, items: jax.Array, scale: jax.Array, groups: jax.Array | None = None
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Symmetric softmax loss over a batch of matching unit vectors (InfoNCE; Radford et al. 2021).
+
+    Args:
+      queries: `[B, D]` unit vectors.
+      items: `[B, D]` unit vectors; row i belongs to query i.
+      scale: the inverse temperature, a scalar.
+      groups: `[B]` integers; rows of one group are right answers for each other, so that two drawings of one thing
+        in a batch are not pushed apart. None: every row is its own group.
+
+    Returns:
+      The mean of both directions, and the share of queries whose best item is a right one (`accuracy`).
+    """
+    logits = scale * jnp.einsum("qd,id->qi", queries, items)
+    forward, metrics = listwise(logits, groups)
+    backward, _ = listwise(logits.T, groups)
+    return (forward + backward) / 2, metrics
+
+
+def listwise(
+    scores: jax.Array, groups: jax.Array | None = None
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Softmax loss of each query over the items of the batch, in this one direction.
+
+    Args:
+      scores: `[B, B]`; item i belongs to query i.
+      groups: as in `contrastive`.
+
+    Returns:
+      The mean cross-entropy, and the share of queries whose best item is a right one (`accuracy`).
+    """
+    groups = jnp.arange(len(scores)) if groups is None else groups
+    right = groups[:, None] == groups[None, :]
+    target = right / right.sum(axis=1, keepdims=True)
+    accuracy = jnp.take_along_axis(right, scores.argmax(axis=1)[:, None], axis=1).mean()
+    return -(target * jax.nn.log_softmax(scores)).sum(axis=1).mean(), {"accuracy": accuracy}

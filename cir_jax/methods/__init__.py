@@ -1,0 +1,62 @@
+"""What is learned and scored. A method is one file and one line in `METHODS`."""
+
+from typing import Any, Protocol
+
+import jax
+
+from cir_jax.methods.blip_cir import BlipCir, BlipCirConfig
+from cir_jax.methods.blip_itm import BlipItm, BlipItmConfig
+from cir_jax.methods.blip_rerank import BlipRerank, BlipRerankConfig
+from cir_jax.methods.clip import Clip, ClipConfig
+
+Batch = dict[str, dict[str, jax.Array]]
+Tree = Any
+
+
+class Retriever(Protocol):
+    """Stage 1: queries and items become vectors whose inner product ranks.
+
+    `query` gives unit rows `[B, D]`, or `([B, M, D], mask [B, M])` when one query asks several times; `item` gives
+    unit rows `[B, D]`. A larger score is better.
+    """
+
+    def query(self, query: dict[str, jax.Array]) -> jax.Array: ...
+
+    def item(self, item: dict[str, jax.Array]) -> jax.Array: ...
+
+    def loss(self, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]: ...
+
+
+class Reranker(Protocol):
+    """Stage 2: a query and each of its candidates are scored together.
+
+    `query` and `item` compute what depends on one side alone, as trees whose leaves begin with the batch axis, so
+    that each is computed once however many pairs it is part of. `score` takes queries `[B, …]` and for each its own
+    candidates, items `[B, K, …]`, and gives `[B, K]`; a larger score is better.
+    """
+
+    def query(self, query: dict[str, jax.Array]) -> Tree: ...
+
+    def item(self, item: dict[str, jax.Array]) -> Tree: ...
+
+    def score(self, queries: Tree, items: Tree) -> jax.Array: ...
+
+    def loss(self, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]: ...
+
+
+METHODS = {
+    "clip": (ClipConfig, Clip),
+    "blip_cir": (BlipCirConfig, BlipCir),
+    "blip_rerank": (BlipRerankConfig, BlipRerank),
+    "blip_itm": (BlipItmConfig, BlipItm),
+}
+
+
+def method_name(config) -> str:
+    """The registered name of a method's config."""
+    return next(name for name, (kind, _) in METHODS.items() if type(config) is kind)
+
+
+def build(config, rngs):
+    """The module that a method's config describes."""
+    return METHODS[method_name(config)][1](config, rngs)

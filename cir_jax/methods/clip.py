@@ -1,0 +1,102 @@
+"""CLIP as a retriever (Radford et al. 2021): a text and a vision tower that meet in one space.
+
+REACT retrieves with it, and it is the baseline that everyone compares with. A query of text, of a picture, or of
+both: with both, the unit vectors are added, the field's zero-shot baseline for composed retrieval.
+"""
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from cir_jax import losses
+from cir_jax.data.inputs import Inputs
+from cir_jax.encoders.clip import ClipText, ClipVision, TextConfig, VisionConfig
+from cir_jax.encoders.layers import Activation, Dtype, unit
+
+@dataclass(frozen=True)
+class ClipConfig:
+    """Architecture, inputs and training; the defaults are OpenAI's ViT-B/32.
+
+    `largest_scale` caps the learned inverse temperature (100 in the paper); `patches_kept` is the share of each
+    picture's patches that training reads (Li et al. 2023, "FLIP"): cheaper steps, and harder to learn by heart.
+    """
+
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    embed: int = 512
+    activation: Activation = "quick_gelu"
+    dtype: Dtype = "float32"
+    remat: bool = True
+    largest_scale: float = 100.0
+    patches_kept: float = 1.0
+    inputs: Inputs = field(default_factory=Inputs)
+
+    @classmethod
+    def tiny(cls, inputs: Inputs) -> "ClipConfig":
+        """A size for tests."""
+        vision = VisionConfig(size=inputs.image.size, patch=16, width=32, layers=2, heads=2)
+        text = TextConfig(length=inputs.text.length, width=32, layers=2, heads=2)
+        return cls(vision, text, embed=16, inputs=inputs)
+
+
+class Clip(nnx.Module):
+    """Retriever: `query` and `item` give unit vectors `[B, embed]`."""
+
+    def __init__(self, config: ClipConfig, rngs: nnx.Rngs):
+        if config.inputs.image.size != config.vision.size:
+            raise ValueError(
+                f"inputs.image.size is {config.inputs.image.size}, the vision tower reads "
+                f"{config.vision.size}; set both to the same size"
+            )
+        options = {"activation": config.activation, "dtype": config.dtype, "remat": config.remat}
+        self.image = ClipVision(config.vision, config.embed, **options, rngs=rngs)
+        self.text = ClipText(config.text, config.embed, **options, rngs=rngs)
+        self.logit_scale = nnx.Param(jnp.log(jnp.asarray(1 / 0.07)))
+        self.config = config
+
+    def query(self, query: dict[str, jax.Array]) -> jax.Array:
+        return self._fused(query, None)
+
+    def item(self, item: dict[str, jax.Array]) -> jax.Array:
+        return unit(self.image(item["image"]))
+
+    def _fused(self, query, key) -> jax.Array:
+        """The unit sum of the parts a query has; with a key, pictures are read in part."""
+        parts = []
+        if "text" in query:
+            parts.append(unit(self.text(query["text"])))
+        if "image" in query:
+            parts.append(self._picture(query["image"], key))
+        if not parts:
+            raise ValueError(f"a query needs `text` or `image`; this one has {sorted(query)}")
+        return parts[0] if len(parts) == 1 else unit(parts[0] + parts[1])
+
+    def _picture(self, images, key) -> jax.Array:
+        share, kept = self.config.patches_kept, None
+        if key is not None and share < 1:
+            kept = self.image.random_patches(len(images), share, key)
+        return unit(self.image(images, kept))
+
+    def scale(self) -> jax.Array:
+        """The learned inverse temperature, capped."""
+        return jnp.minimum(jnp.exp(self.logit_scale[...]), self.config.largest_scale)
+
+    def loss(self, batch, key) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Contrastive loss of matching queries and items.
+
+        `item["group"]` marks rows that match each other. Items that come with a text are pulled to it as well, with
+        equal weight: a composed batch then also teaches the names of its targets.
+        """
+        first, second = jax.random.split(key)
+        item, group = batch["item"], batch["item"].get("group")
+        items = self._picture(item["image"], first)
+        queries = self._fused(batch["query"], second)
+        value, metrics = losses.contrastive(queries, items, self.scale(), group)
+        if "text" in item:
+            named, more = losses.contrastive(
+                unit(self.text(item["text"])), items, self.scale(), group
+            )
+            value, metrics = value + named, metrics | {"item_accuracy": more["accuracy"]}
+        return value, metrics | {"scale": self.scale()}

@@ -1,0 +1,353 @@
+"""`python -m cir_jax.train CONFIG --workdir DIR [--field value …]`: the one training loop, for every method."""
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tyro
+
+from cir_jax import files
+from cir_jax.config import Experiment, load_config, packaged_configs, to_json
+from cir_jax.progress import progress
+
+
+class Log:
+    """JSON lines in a file and one readable line per record on stdout, from process 0 only."""
+
+    def __init__(self, path: Path, rows_per_step: int):
+        self.path, self.rows_per_step = path, rows_per_step
+        self.start, self.last = time.monotonic(), None
+
+    def __call__(self, step: int, values: Mapping[str, float]) -> None:
+        """Write one record; a record with a loss also gets the rows per second since the one before."""
+        import jax
+
+        if jax.process_index():
+            return
+        now = time.monotonic()
+        record = {"step": step, "seconds": round(now - self.start, 1)}
+        record |= {name: float(f"{float(value):.6g}") for name, value in values.items()}
+        if "loss" in values:
+            if self.last:
+                record["rows_per_second"] = round(
+                    (step - self.last[0]) * self.rows_per_step / (now - self.last[1]), 1
+                )
+            self.last = (step, now)
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        print("  ".join(f"{name} {value:.5g}" for name, value in record.items()), flush=True)
+
+
+def make_step(graph, tx, seed: int) -> Callable:
+    """The pure training step `(state, batch, number) -> (state, metrics)`."""
+    import jax
+    import optax
+    from flax import nnx
+
+    from cir_jax import optim
+
+    def step(state, batch, number):
+        key = jax.random.fold_in(jax.random.key(seed), number)
+
+        def loss(params):
+            return nnx.merge(graph, optim.join(params, state["frozen"])).loss(batch, key)
+
+        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state["params"])
+        updates, opt = tx.update(grads, state["opt"], state["params"])
+        metrics |= {"loss": value, "grad_norm": optax.tree.norm(grads)}
+        return {
+            **state,
+            "params": optax.apply_updates(state["params"], updates),
+            "opt": opt,
+        }, metrics
+
+    return step
+
+
+def make_init(config: Experiment, tx) -> Callable:
+    """`key -> state`: random parameters, split into trained and frozen, and the optimizer's state."""
+    from flax import nnx
+
+    from cir_jax import methods, optim
+
+    def init(key):
+        params = nnx.to_pure_dict(nnx.state(methods.build(config.method, nnx.Rngs(key))))
+        trained, frozen = optim.split_frozen(params, config.optim.frozen)
+        return {"params": trained, "frozen": frozen, "opt": tx.init(trained)}
+
+    return init
+
+
+def warm_start(state, init: Mapping[str, str]):
+    """The first state with the parts that `init` (parameter prefix -> checkpoint) names taken from trained models."""
+    import jax
+    import jax.numpy as jnp
+    from flax import traverse_util
+
+    from cir_jax.model import load
+
+    for prefix, source in init.items():
+        theirs = traverse_util.flatten_dict(load(source).params, sep="/")
+        named = {f"{prefix}/{name}" if prefix else name: x for name, x in theirs.items()}
+        unused = dict(named)
+        for part in ("params", "frozen"):
+            flat = traverse_util.flatten_dict(state[part], sep="/")
+            fits = {
+                name
+                for name in unused.keys() & flat.keys()
+                if flat[name].shape == unused[name].shape
+            }
+            flat |= {
+                name: jax.device_put(jnp.asarray(unused.pop(name)), flat[name].sharding)
+                for name in fits
+            }
+            state[part] = traverse_util.unflatten_dict(flat, sep="/")
+        if unused:
+            raise ValueError(
+                f"init {prefix!r}: {source} does not fit the model at {', '.join(sorted(unused)[:5])}"
+            )
+    return state
+
+
+def check_batch(config: Experiment, mesh) -> None:
+    """Refuse a batch that the devices cannot share evenly."""
+    from cir_jax import sharding
+
+    devices, size = sharding.batch_devices(mesh), config.train.batch_size
+    if size % devices:
+        low = size // devices * devices
+        near = f"{low} or {low + devices}" if low else f"{devices}"
+        raise ValueError(
+            f"batch_size {size} does not divide by {devices} devices "
+            f"(data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}); use {near}"
+        )
+
+
+@dataclass
+class Best:
+    """Evaluates states during a run and keeps the best one as a model in `WORKDIR/best-STEP`."""
+
+    config: Experiment
+    graph: object
+    workdir: Path
+    score: float = field(default=float("-inf"))
+
+    def __post_init__(self):
+        for folder in self.kept():
+            self.score = files.read_manifest(folder, "checkpoint")["about"]["score"]
+
+    def kept(self) -> list[Path]:
+        return sorted(self.workdir.glob("best-*"))
+
+    def consider(self, state, step: int) -> dict[str, float]:
+        """Metrics of a state on every benchmark of `evals`; the state is kept if their mean is the best so far."""
+        import jax
+        import numpy as np
+
+        from cir_jax import optim
+        from cir_jax.checkpoint import save_model
+        from cir_jax.eval import measure
+        from cir_jax.model import Model
+
+        params = jax.device_get(optim.join(state["params"], state["frozen"]))
+        model = Model(self.config.method, self.graph, params)
+        results = {name: measure(model, name) for name in self.config.evals}
+        score = (
+            float(np.mean([r[self.config.best] for r in results.values()]))
+            if results
+            else float(step)
+        )
+        metrics = {
+            f"{name}/{metric}": value for name, r in results.items() for metric, value in r.items()
+        }
+        if score > self.score and jax.process_index() == 0:
+            about = {
+                "step": step,
+                "score": score,
+                "metrics": metrics,
+                "experiment": to_json(self.config),
+            }
+            worse = self.kept()
+            save_model(
+                self.workdir / f"best-{step:07d}",
+                self.config.method,
+                params,
+                dtype=self.config.train.export_dtype,
+                about=about,
+            )
+            for folder in worse:
+                shutil.rmtree(folder)
+            self.score = score
+        return metrics
+
+    def publish(self) -> Path:
+        """Give the best model its final name."""
+        folder = self.workdir / "model"
+        self.kept()[-1].rename(folder)
+        return folder
+
+
+def train(config: Experiment, workdir: Path) -> Path:
+    """Run an experiment to its end and return the folder of its best model.
+
+    The state is restored from the newest checkpoint of `workdir` if there is one; from then on the run repeats what
+    an undisturbed one would have computed, bit for bit on the same mesh.
+    """
+    import jax
+    import numpy as np
+
+    from cir_jax import checkpoint, optim, sharding
+
+    steps, seed = config.train.steps, config.train.seed
+    mesh = sharding.make_mesh(config.mesh.fsdp, config.mesh.tensor)
+    check_batch(config, mesh)
+    graph, _ = checkpoint.abstract_params(config.method)
+    tx = optim.optimizer(config.optim, steps)
+    init = make_init(config, tx)
+    abstract = jax.eval_shape(init, jax.random.key(seed))
+    places = sharding.shardings(abstract, mesh)
+    step = jax.jit(
+        make_step(graph, tx, seed),
+        donate_argnums=0,
+        out_shardings=(places, sharding.replicated(mesh)),
+    )
+    log = Log(workdir / "log.jsonl", config.train.batch_size)
+    best = Best(config, graph, workdir)
+    with checkpoint.training_states(workdir) as states:
+        first = states.latest()
+        if first:
+            print(f"continuing from step {first}", file=sys.stderr)
+            state = states.restore(first, sharding.placed(abstract, places))
+        else:
+            state = jax.jit(init, out_shardings=places)(jax.random.key(seed))
+            state = warm_start(state, config.init)
+        batches = training_batches(config, first)
+        with progress("training", steps, first) as advance:
+            for number in range(first, steps):
+                state, metrics = step(
+                    state, sharding.put_batch(next(batches), mesh), np.int32(number)
+                )
+                done = number + 1
+                if due(config.train.log_every, done, steps):
+                    log(done, check_finite(jax.device_get(metrics), done))
+                if due(config.train.eval_every, done, steps):
+                    log(done, best.consider(state, done))
+                if due(config.train.save_every, done, steps):
+                    states.save(done, state)
+                advance(1)
+    return best.publish()
+
+
+def due(every: int, done: int, steps: int) -> bool:
+    """True after every so many steps, and after the last."""
+    return done == steps or done % every == 0
+
+
+def training_batches(config: Experiment, start: int):
+    """The batches of an experiment from step `start` on, for this process."""
+    import jax
+
+    from cir_jax.data import training_set
+    from cir_jax.data.pipeline import train_batches
+
+    return train_batches(
+        [training_set(data) for data in config.data],
+        [data.weight for data in config.data],
+        config.method.inputs,
+        batch_size=config.train.batch_size,
+        seed=config.train.seed,
+        start=start,
+        process=jax.process_index(),
+        processes=jax.process_count(),
+        augmented=config.train.augment,
+    )
+
+
+def check_finite(metrics: Mapping, step: int) -> Mapping:
+    """The metrics, or an error if the loss is NaN or infinite."""
+    if not abs(float(metrics["loss"])) < float("inf"):
+        raise FloatingPointError(
+            f"the loss is {metrics['loss']} at step {step}; lower optim.lr or raise optim.warmup"
+        )
+    return metrics
+
+
+def prepare_workdir(config: Experiment, workdir: Path) -> None:
+    """Make the folder of a run, or check that it belongs to the same experiment."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    path, value = workdir / "config.json", json.loads(json.dumps(to_json(config)))
+    if not path.exists():
+        files.write_json(path, value)
+        return
+    before = files.read_json(path)
+    if before != value:
+        changed = ", ".join(differences(before, value))
+        raise ValueError(
+            f"{workdir} holds a run of another experiment (different: {changed}); "
+            "choose another --workdir, or give the values it began with"
+        )
+
+
+def differences(a, b, path: str = "") -> list[str]:
+    """Dotted names of the fields in which two JSON values differ."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return [
+            d
+            for k in sorted(a.keys() | b.keys())
+            for d in differences(a.get(k), b.get(k), f"{path}.{k}".strip("."))
+        ]
+    return [] if a == b else [path]
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Train a model.
+
+    CONFIG is a .py file that defines `config = Experiment(…)`, or the name of a packaged one. Every field of the
+    experiment can be changed behind it (`--optim.lr 1e-4`); `CONFIG --help` lists them with their values. An
+    interrupted run continues from its last checkpoint when the same command is given again. The best model of the
+    run ends up in WORKDIR/model.
+    """
+
+    config: tyro.conf.Positional[str]
+    workdir: Path
+    """folder of the run: config.json, log.jsonl, checkpoints/, model/"""
+
+
+def parse(argv: list[str] | None) -> tuple[Experiment, Path]:
+    """The experiment with its overrides, and the workdir."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0].startswith("-"):
+        tyro.cli(Arguments, args=argv, prog="python -m cir_jax.train")
+        raise SystemExit(
+            f"CONFIG comes first: a .py file or one of {', '.join(packaged_configs())}"
+        )
+    config = load_config(argv[0], Experiment)
+
+    @dataclass(frozen=True)
+    class Overrides:
+        workdir: Path
+        """folder of the run: config.json, log.jsonl, checkpoints/, model/"""
+        experiment: tyro.conf.OmitArgPrefixes[Experiment[type(config.method)]] = config
+
+    given = tyro.cli(Overrides, args=argv[1:], prog=f"python -m cir_jax.train {argv[0]}")
+    return given.experiment, given.workdir
+
+
+def main(argv: list[str] | None = None) -> None:
+    config, workdir = parse(argv)
+    prepare_workdir(config, workdir)
+    if (workdir / "model").exists():
+        print(f"{workdir / 'model'} is finished; choose another --workdir to train again")
+        return
+    print(f"the best model is {train(config, workdir)}")
+
+
+if __name__ == "__main__":
+    from cir_jax.commands import start
+
+    start("train")
