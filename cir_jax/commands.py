@@ -24,6 +24,10 @@ def start(name: str) -> None:
     except KeyboardInterrupt:
         print("interrupted; finished parts are kept", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:
+        # The reader of our output (head, a pager) has left; a second failure at exit is avoided.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
         if os.environ.get("CIR_JAX_TRACEBACK"):
             raise

@@ -39,7 +39,8 @@ class Index(Protocol):
     kind: str  # "exact" or "scann"
     ids: Sequence[str]
     gallery: Any  # locator of the pictures, a JSON value, or None
-    fingerprint: str | None
+    fingerprint: str | None  # of the checkpoint that made the vectors
+    checkpoint: str | None  # its name or folder
     items: Callable[[Sequence[int]], list[Mapping[str, Any]]]
 
     def __len__(self) -> int: ...
@@ -61,6 +62,7 @@ class ExactIndex:
         gallery: Any = None,
         fingerprint: str | None = None,
         mesh: Any = None,
+        checkpoint: str | None = None,
     ):
         """vectors: `Vectors` or floats [N, D] (not copied on the host: leave them unchanged); N may be 0.
 
@@ -68,7 +70,7 @@ class ExactIndex:
         """
         from cir_jax.sharding import make_mesh
 
-        _describe(self, vectors, ids, gallery, fingerprint)
+        _describe(self, vectors, ids, gallery, fingerprint, checkpoint)
         self.mesh = make_mesh() if mesh is None else mesh
         self._placed = _place(self.vectors, self.mesh) if len(self) else None
 
@@ -110,6 +112,7 @@ class ScannIndex:
         gallery: Any = None,
         fingerprint: str | None = None,
         *,
+        checkpoint: str | None = None,
         recall: float = 0.95,
         k: int = 10,
         queries: np.ndarray | None = None,
@@ -121,7 +124,7 @@ class ScannIndex:
         rows of the gallery; built: a searcher and its settings, as `open_index` reads them.
         RuntimeError if ScaNN cannot be imported; ValueError for an empty gallery.
         """
-        _describe(self, vectors, ids, gallery, fingerprint)
+        _describe(self, vectors, ids, gallery, fingerprint, checkpoint)
         if not len(self):
             raise ValueError('a "scann" index needs at least one row; use the kind "exact"')
         if not 0 < recall <= 1:
@@ -191,7 +194,7 @@ def open_index(path: str | os.PathLike, mesh: Any = None) -> ExactIndex | ScannI
     try:
         kind, rows, width = _checked_kind(manifest["index"]), manifest["rows"], manifest["width"]
         name, sums = manifest["vectors"], manifest["files"]
-        carried = {label: manifest[label] for label in ("gallery", "fingerprint")}
+        carried = {label: manifest[label] for label in ("gallery", "fingerprint", "checkpoint")}
         settings = ScannSettings(**manifest["settings"]) if kind == "scann" else None
         files.check_sums(folder, {name: sums[name], "ids.txt": sums["ids.txt"], **sums})
     except (KeyError, TypeError) as error:
@@ -271,12 +274,13 @@ def _bucket(queries: int, rows_per_device: int) -> int:
     return next((size for size in fitting if size >= queries), fitting[-1])
 
 
-def _describe(index, vectors, ids, gallery, fingerprint) -> None:
+def _describe(index, vectors, ids, gallery, fingerprint, checkpoint) -> None:
     """Check the vectors and set what both kinds of index carry."""
     if isinstance(vectors, Vectors):
         ids = vectors.ids if ids is None else ids
         gallery = vectors.gallery if gallery is None else gallery
         fingerprint = vectors.fingerprint if fingerprint is None else fingerprint
+        checkpoint = vectors.checkpoint if checkpoint is None else checkpoint
         vectors = vectors.array()
     index.vectors = check_vectors(vectors)
     index.width = index.vectors.shape[1]
@@ -285,7 +289,7 @@ def _describe(index, vectors, ids, gallery, fingerprint) -> None:
         raise ValueError(
             f"{len(index.vectors)} vectors with {len(index.ids)} ids; give one id per vector"
         )
-    index.gallery, index.fingerprint = gallery, fingerprint
+    index.gallery, index.fingerprint, index.checkpoint = gallery, fingerprint, checkpoint
     index.items = Items(index.ids, gallery)
 
 
@@ -299,6 +303,7 @@ def _seal(folder: Path, index: Index, vectors: str, **more) -> None:
         "rows": len(index),
         "width": index.width,
         "fingerprint": index.fingerprint,
+        "checkpoint": index.checkpoint,
         "gallery": index.gallery,
         "vectors": vectors,
         "files": files.folder_sums(folder),
@@ -354,36 +359,36 @@ def _say_once(message: str) -> None:
 class Command:
     """Build an index over a folder of vectors and save it."""
 
-    vectors: Path  # VECTORS, a folder made by python -m cir_jax.embed
-    dest: Path  # DEST, the folder to write; it must not exist
+    vectors: Path
+    """VECTORS, a folder made by python -m cir_jax.embed"""
+    dest: Path
+    """DEST, the folder to write; it must not exist"""
     kind: Literal["exact", "scann"] = "exact"
-    recall: float = 0.95  # scann: the share of the exact top k to find
-    k: int = 10  # scann: how many results the recall is tuned for
+    """scann is approximate and made for large galleries"""
+    recall: float = 0.95
+    """scann: the share of the exact top k to find"""
+    k: int = 10
+    """scann: how many results the recall is tuned for"""
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    """The command line; errors of the arguments and files end it with one line."""
+def main(argv: Sequence[str] | None = None) -> None:
     import tyro
 
     command = tyro.cli(
         Command,
         prog="python -m cir_jax.index",
-        args=args,
+        args=argv,
         config=(tyro.conf.PositionalRequiredArgs,),
     )
-    try:
-        files.refuse_existing(command.dest)
-        index = make_index(
-            command.kind, Vectors(command.vectors), recall=command.recall, k=command.k
-        )
-        index.save(command.dest)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"cir_jax.index: {error}") from error
+    files.refuse_existing(command.dest)
+    vectors = Vectors(command.vectors)
+    index = make_index(command.kind, vectors, recall=command.recall, k=command.k)
+    index.save(command.dest)
     line = f"wrote {command.dest}: {index.kind} index, {len(index):,} rows x {index.width}"
     print(line if index.kind == "exact" else f"{line}, {index.settings}")
 
 
 if __name__ == "__main__":
-    from cir_jax.index import main  # the imported module, so that classes exist once
+    from cir_jax.commands import start
 
-    main()
+    start("index")

@@ -328,14 +328,17 @@ def parse(argv: list[str] | None) -> tuple[Experiment, Path]:
         )
     config = load_config(argv[0], Experiment)
 
-    @dataclass(frozen=True)
-    class Overrides:
+    @dataclass(frozen=True, kw_only=True)
+    class Given(Experiment[type(config.method)]):
         workdir: Path
         """folder of the run: config.json, log.jsonl, checkpoints/, model/"""
-        experiment: tyro.conf.OmitArgPrefixes[Experiment[type(config.method)]] = config
 
-    given = tyro.cli(Overrides, args=argv[1:], prog=f"python -m cir_jax.train {argv[0]}")
-    return given.experiment, given.workdir
+    fields = {field: getattr(config, field) for field in Experiment.__dataclass_fields__}
+    default = Given(**fields, workdir=tyro.MISSING)
+    prog = f"python -m cir_jax.train {argv[0]}"
+    about = f"{Arguments.__doc__}\n{Experiment.__doc__}"
+    given = tyro.cli(Given, args=argv[1:], prog=prog, default=default, description=about)
+    return Experiment(**{field: getattr(given, field) for field in fields}), given.workdir
 
 
 def main(argv: list[str] | None = None) -> None:

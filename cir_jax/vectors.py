@@ -23,7 +23,8 @@ DTYPES = ("float32", "float16")
 class Vectors:
     """A complete folder of vectors, memory mapped.
 
-    ids: list of N strings; shards: the mapped arrays [n, D]; width: D; fingerprint: of the checkpoint that made them;
+    ids: list of N strings; shards: the mapped arrays [n, D]; width: D; fingerprint: of the checkpoint that made them,
+    and checkpoint: its name or folder;
     gallery: locator of the pictures or None; skipped: list of {"id", "reason"}; manifest: all of the above as stored.
     """
 
@@ -44,6 +45,7 @@ class Vectors:
             files.check_sums(self.folder, _sums(self.manifest))
         self.width: int = self.manifest["width"] or 0
         self.fingerprint: str | None = self.manifest["fingerprint"]
+        self.checkpoint: str | None = self.manifest["checkpoint"]
         self.gallery: Any = self.manifest["gallery"]
         self.skipped: list[dict[str, str]] = self.manifest["skipped"]
         self.shards = [self._shard(shard) for shard in self.manifest["shards"]]
@@ -94,20 +96,21 @@ class VectorWriter:
         folder: str | os.PathLike,
         *,
         fingerprint: str | None,
+        checkpoint: str | None = None,
         gallery: Any = None,
         dtype: str = "float32",
         width: int | None = None,
     ):
         """Start `folder`, or re-open it when it was begun with the same arguments (ValueError otherwise).
 
-        fingerprint: of the checkpoint; gallery: its locator, a JSON value; width: D, else that of the first shard.
+        fingerprint: of the checkpoint; checkpoint: its name or folder; gallery: its locator, a JSON value; width: D, else that of the first shard.
         FileExistsError if the folder holds something else.
         """
         if dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
         self.folder = files.local_path(folder)
         given = {"dtype": dtype, "width": width, "fingerprint": fingerprint, "gallery": gallery}
-        given = json.loads(json.dumps(given))
+        given = json.loads(json.dumps(given | {"checkpoint": checkpoint}))
         self.manifest = self._reopen(given) if self._begun() else self._start(given)
 
     @property
@@ -317,7 +320,7 @@ def _lasting(folder: Path) -> Iterable[Path]:
 
 
 def _require_fields(folder: Path, manifest: Mapping[str, Any]) -> None:
-    fields = ("complete", "rows", "dtype", "width", "fingerprint", "gallery", "skipped", "shards")
+    fields = ("complete", "rows", "dtype", "width", "fingerprint", "checkpoint", "gallery", "skipped", "shards")
     absent = [name for name in fields if name not in manifest]
     if absent:
         raise ValueError(

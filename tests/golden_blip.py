@@ -18,7 +18,14 @@ from cir_jax.methods.blip_rerank import BlipRerank, BlipRerankConfig
 WIDTH, LAYERS, MERGE_FROM = 32, 8, 6
 IMAGE = VitConfig(size=32, patch=8, width=WIDTH, layers=3, heads=4)
 TEXT = BertConfig(
-    vocabulary=60, length=20, width=WIDTH, layers=LAYERS, heads=4, hidden=64, types=0, image_width=WIDTH
+    vocabulary=60,
+    length=20,
+    width=WIDTH,
+    layers=LAYERS,
+    heads=4,
+    hidden=64,
+    types=0,
+    image_width=WIDTH,
 )
 INPUTS = Inputs(image=ImageSpec(size=32))
 IDS = np.array([[2, 7, 19, 33, 4, 3], [2, 11, 5, 3, 0, 0], [2, 41, 28, 9, 3, 0]], np.int32)
@@ -26,7 +33,9 @@ IDS = np.array([[2, 7, 19, 33, 4, 3], [2, 11, 5, 3, 0, 0], [2, 41, 28, 9, 3, 0]]
 
 def linears(sizes):
     """Weight and bias shapes of PyTorch linear layers (outputs, inputs) and of norms (width,)."""
-    return {f"{k}.weight": s for k, s in sizes.items()} | {f"{k}.bias": s[:1] for k, s in sizes.items()}
+    return {f"{k}.weight": s for k, s in sizes.items()} | {
+        f"{k}.bias": s[:1] for k, s in sizes.items()
+    }
 
 
 def _vit_shapes():
@@ -171,7 +180,8 @@ def _vit_block(t, name):
     weights = np.split(t[f"{name}.attn.qkv.weight"], 3)
     biases = np.split(t[f"{name}.attn.qkv.bias"], 3)
     attention = {
-        role: {"kernel": w.T, "bias": b} for role, w, b in zip(("query", "key", "value"), weights, biases)
+        role: {"kernel": w.T, "bias": b}
+        for role, w, b in zip(("query", "key", "value"), weights, biases)
     }
     return {
         "ln1": _norm(t, f"{name}.norm1"),
@@ -236,7 +246,9 @@ def stage1(dtype, params=None, **changes):
 
 def stage2(dtype, params=None, merge_from=MERGE_FROM, **changes):
     """The stage II model, whose fusion encoder is that of the stage I model."""
-    config = BlipRerankConfig(image=IMAGE, text=TEXT, merge_from=merge_from, inputs=INPUTS, **changes)
+    config = BlipRerankConfig(
+        image=IMAGE, text=TEXT, merge_from=merge_from, inputs=INPUTS, **changes
+    )
     if params is None:
         fusion = stage1_params(stage1_tensors())["text"]
         params = stage2_params(stage2_tensors(), fusion, merge_from)

@@ -40,22 +40,49 @@ SCORES = (
 )
 LOSS1, LOSS2 = 0.6265749890, 1.4067613359
 TEXT_ROW = (
-    (-0.3346799, 0.4900593, -0.1634376, -0.1433705, -0.07738858, -0.2037637, -0.2329168, -0.2877901)
-    + (-0.3903941, -0.1327444, 0.07003554, -0.2437442, -0.1363612, 0.03450317, -0.2542438, -0.3117895)
-)
+    -0.3346799,
+    0.4900593,
+    -0.1634376,
+    -0.1433705,
+    -0.07738858,
+    -0.2037637,
+    -0.2329168,
+    -0.2877901,
+) + (-0.3903941, -0.1327444, 0.07003554, -0.2437442, -0.1363612, 0.03450317, -0.2542438, -0.3117895)
 IMAGE_ROW = (
-    (-0.4052769, 0.3963477, 0.1308209, -0.0223279, 0.2514718, 0.1102001, -0.637675, 0.06493333)
-    + (0.1871975, -0.2612592, -0.08406261, -0.1871561, 0.07343211, -0.0482898, -0.1280926, -0.07275663)
+    -0.4052769,
+    0.3963477,
+    0.1308209,
+    -0.0223279,
+    0.2514718,
+    0.1102001,
+    -0.637675,
+    0.06493333,
+) + (
+    0.1871975,
+    -0.2612592,
+    -0.08406261,
+    -0.1871561,
+    0.07343211,
+    -0.0482898,
+    -0.1280926,
+    -0.07275663,
 )
 # Query 1, candidate 2, position 0 behind each layer: norm and first three of the fused branch, then of the text's.
 TRACE = (
     ((5.6277421, 1.872570, -0.6811880, -2.645473), (5.8187483, 1.098582, -0.8210166, -0.1814973)),
     ((5.8998590, 2.521166, -0.7213698, -1.410952), (5.8557177, 1.496796, -1.060851, 0.3900496)),
     ((5.8676017, 0.9968918, -0.9471476, -1.631202), (5.6707235, 1.401966, -0.1387882, -0.5749621)),
-    ((5.7730682, 0.7751250, -0.3309038, -0.4383183), (5.5274911, -0.3845407, -0.9674085, 0.1683965)),
+    (
+        (5.7730682, 0.7751250, -0.3309038, -0.4383183),
+        (5.5274911, -0.3845407, -0.9674085, 0.1683965),
+    ),
     ((5.8009841, 1.422353, 0.04675949, 0.1468439), (5.8375804, -0.1633367, -0.04231528, 0.2214733)),
     ((5.7625169, 0.2375363, 1.881608, 1.230705), (5.8335824, -0.3965541, 0.9403749, 0.4121613)),
-    ((5.8091851, -0.1056713, 0.5104979, -0.3851130), (5.7575765, -0.4387557, 0.01963066, -0.6461840)),
+    (
+        (5.8091851, -0.1056713, 0.5104979, -0.3851130),
+        (5.7575765, -0.4387557, 0.01963066, -0.6461840),
+    ),
     ((5.8114434, -2.137405, 0.1018399, 0.9147153), (5.7208731, 0.1825794, -0.05278028, 0.3209352)),
 )
 # Query 1, all candidates and positions: sums of both branches behind each layer.
@@ -75,7 +102,10 @@ MERGED = {
     6: (5.3442003, -0.9252815, -0.2099065, -1.419445),
     7: (3.5076104, -0.6472298, 0.04152147, -0.4654853),
 }
-SEEN = ((0.5118962, 0.1247003, -0.3506842), (1.146898, 0.3440236, -0.4661210))  # layer 0, not merged
+SEEN = (
+    (0.5118962, 0.1247003, -0.3506842),
+    (1.146898, 0.3440236, -0.4661210),
+)  # layer 0, not merged
 
 # Stage II doubled from stage I.
 DOUBLED_SCORES = (
@@ -296,9 +326,21 @@ def test_loss_and_gradients_of_stage2(precision):
     text, head = grads["text"], grads["head"]
     mean, linear = text["blocks"]["mean"], text["blocks"]["linear"]
     expected = (
-        (mean["fused"]["attention"]["query"]["kernel"][0].T, 0.13285812, (-0.003569584, 0.002500014, 0.01128938)),
-        (mean["text"]["attention"]["query"]["kernel"][0].T, 1.6232192, (-0.01274805, -0.01976510, 0.004595782)),
-        (mean["fused"]["cross"]["value"]["kernel"][3].T, 1.3266654, (0.05493454, 0.006458832, -0.03421790)),
+        (
+            mean["fused"]["attention"]["query"]["kernel"][0].T,
+            0.13285812,
+            (-0.003569584, 0.002500014, 0.01128938),
+        ),
+        (
+            mean["text"]["attention"]["query"]["kernel"][0].T,
+            1.6232192,
+            (-0.01274805, -0.01976510, 0.004595782),
+        ),
+        (
+            mean["fused"]["cross"]["value"]["kernel"][3].T,
+            1.3266654,
+            (0.05493454, 0.006458832, -0.03421790),
+        ),
         (linear["merge"]["kernel"][0].T, 1.4577038, (-0.01254916, -0.02296383, -0.01562216)),
         (head["up"]["kernel"].T, 2.4462141, (-0.005774431, -0.001747223, 0.006177122)),
         (linear["mlp"]["down"]["kernel"][1].T, 1.5735379, (0.04649271, 0.02994988, 0.0002222185)),
@@ -336,7 +378,9 @@ def test_only_merging_layers_and_head_have_no_start_in_stage1():
     after = start_from_stage1(before, golden.stage1_params(golden.stage1_tensors()))
     same = lambda x, y: x.shape == y.shape and np.array_equal(x, y)
     kept = jax.tree_util.tree_map_with_path(
-        lambda path, x, y: sharding.path_name(path) if same(x, y) else None, before, {**after, "fusion": None}
+        lambda path, x, y: sharding.path_name(path) if same(x, y) else None,
+        before,
+        {**after, "fusion": None},
     )
     merge = {f"text/blocks/linear/merge/{leaf}" for leaf in ("kernel", "bias")}
     head = {f"head/{layer}/{leaf}" for layer in ("up", "down") for leaf in ("kernel", "bias")}
@@ -365,3 +409,414 @@ def test_numbering_of_the_golden_weights():
     assert two[313] == "text_encoder.encoder.layer.6.crossattention.output.merge_layer.weight"
     count = lambda shapes: sum(int(np.prod(shape)) for shape in shapes.values())
     assert (count(golden.stage1_shapes()), count(golden.stage2_shapes())) == (151265, 225122)
+
+
+# What a wrong implementation shows: largest change of picture tokens, fused state, logits and scores; both losses.
+VALUE_MISTAKES = {
+    "no mask": (0, 3.7, 3.0, 0.69, 0.4631441, 1.1708032),
+    "class token kept": (0, 2.1, 2.2, 0.86, 0.6988340, 1.2525356),
+    "branches exchanged": (0, 0, 0, 0.71, 0.6265750, 1.1395227),
+    "fused state normed": (0, 0, 0, 0.064, 0.6265750, 1.3767108),
+    "merge input reversed": (0, 0, 0, 1.3, 0.6265750, 1.2494257),
+    "head input reversed": (0, 0, 0, 0.85, 0.6265750, 1.0231196),
+}
+CODE_MISTAKES = {
+    "tanh gelu": (1.2e-3, 4.6e-3, 2.2e-3, 1.7e-3, 0.6262980, 1.4062846),
+    "epsilon of pictures": (4.5e-4, 7.0e-4, 1.1e-3, 3.5e-4, 0.6265491, 1.4068510),
+    "epsilon of text": (0, 4.0e-5, 3.1e-5, 2.6e-5, 0.6265709, 1.4067682),
+    "no mask in the fused branch": (0, 0, 0, 0.14, 0.6265750, 1.3884768),
+    "mean in all layers": (0, 0, 0, 1.8, 0.6265750, 1.4771289),
+    "gelu before merging": (0, 0, 0, 0.57, 0.6265750, 1.6253223),
+}
+
+
+def runner():
+    """Both stages as one function of models and inputs; a new one is compiled anew."""
+    query, pictures = golden.query("float64"), golden.candidates("float64")
+
+    @compiled
+    def stage1(model, mask):
+        asked = {**query, "text_mask": mask}
+        ids = blip.with_encode_token(query["text"], model.config.text)
+        batch = {"query": asked, "item": {"image": pictures[:3]}}
+        references, items = model.image(query["image"]), model.item({"image": pictures[:3]})
+        fused, logits = (
+            model.text(ids, mask, references),
+            model.query(asked) @ items.T * model.scale(),
+        )
+        return references, fused, logits, model.loss(batch, None)[0]
+
+    @compiled
+    def stage2(model, queries):
+        scores = model.score_all(queries, model.item({"image": pictures}))
+        return scores, losses.listwise(scores[:, :3])[0]
+
+    def run(first, second, mask=golden.IDS != 0, edit=lambda queries, model: queries):
+        references, fused, logits, loss1 = stage1(first, mask)
+        queries = {**stage2_queries(second, fused), "mask": mask}
+        scores, loss2 = stage2(second, edit(queries, second))
+        return [np.asarray(x) for x in (references, fused, logits, scores, loss1, loss2)]
+
+    return run
+
+
+@functools.cache
+def shared_runner():
+    return runner()
+
+
+@functools.cache
+def without_mistake():
+    return shared_runner()(golden.stage1("float64"), golden.stage2("float64"))
+
+
+def check_mistake(found, expected):
+    right = without_mistake()
+    changes = [np.abs(x - y).max() for x, y in zip(found[:4], right[:4])]
+    np.testing.assert_allclose(changes, expected[:4], rtol=0.05, atol=1e-12)
+    np.testing.assert_allclose(found[4:], expected[4:], atol=1e-6)
+
+
+def halves_exchanged(linear):
+    first, second = jnp.split(linear.kernel[...], 2, axis=-2)
+    linear.kernel[...] = jnp.concatenate([second, first], axis=-2)
+
+
+@pytest.mark.parametrize("mistake", VALUE_MISTAKES)
+def test_mistakes_in_wiring_are_noticed(mistake):
+    with jax.enable_x64(True):
+        first, second, options = golden.stage1("float64"), golden.stage2("float64"), {}
+        if mistake == "no mask":
+            options["mask"] = np.ones_like(golden.IDS, bool)
+        if mistake == "class token kept":
+            for model in (first, second):
+                table = model.text.embeddings.embedding
+                table[...] = table[...].at[59].set(table[...][2])
+        if mistake == "branches exchanged":
+            options["edit"] = lambda q, _: {**q, "fused": q["text"], "text": q["fused"]}
+        if mistake == "fused state normed":
+            options["edit"] = lambda q, model: {**q, "fused": model.text.embeddings.ln(q["fused"])}
+        if mistake == "merge input reversed":
+            halves_exchanged(second.text.blocks.linear.merge)
+        if mistake == "head input reversed":
+            halves_exchanged(second.head.up)
+        check_mistake(shared_runner()(first, second, **options), VALUE_MISTAKES[mistake])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mistake", CODE_MISTAKES)
+def test_mistakes_in_code_are_noticed(mistake, monkeypatch):
+    with jax.enable_x64(True):
+        without_mistake()
+        first, second = golden.stage1("float64"), golden.stage2("float64")
+        if mistake == "tanh gelu":
+            monkeypatch.setitem(layers.ACTIVATIONS, "gelu", jax.nn.gelu)
+        if mistake.startswith("epsilon"):
+            right, wrong = (1e-6, 1e-5) if mistake.endswith("pictures") else (1e-12, 1e-6)
+            for _, module in itertools.chain(nnx.iter_modules(first), nnx.iter_modules(second)):
+                if getattr(module, "epsilon", None) == right:
+                    module.epsilon = wrong
+        if mistake == "no mask in the fused branch":
+            read, fused = bert.Branch.read, itertools.cycle((True, False))
+            blind = lambda self, x, mask, *rest: read(self, x, mask | next(fused), *rest)
+            run_block = blip.TwoBranchBlock.__call__
+
+            def blind_block(self, *args, **options):
+                with monkeypatch.context() as patch:
+                    patch.setattr(bert.Branch, "read", blind)
+                    return run_block(self, *args, **options)
+
+            monkeypatch.setattr(blip.TwoBranchBlock, "__call__", blind_block)
+        if mistake == "mean in all layers":
+            fusion = golden.stage1_params(golden.stage1_tensors())["text"]
+            tensors = {k: v for k, v in golden.stage2_tensors().items() if "merge_layer" not in k}
+            second = golden.stage2(
+                "float64", golden.stage2_params(tensors, fusion, 8), merge_from=8
+            )
+        if mistake == "gelu before merging":
+            merged = blip.TwoBranchBlock.merged
+            act = lambda self, x: x if self.merge is None else layers.ACTIVATIONS["gelu"](x)
+            acted = lambda self, x, y: merged(self, act(self, x), act(self, y))
+            monkeypatch.setattr(blip.TwoBranchBlock, "merged", acted)
+        check_mistake(runner()(first, second), CODE_MISTAKES[mistake])
+
+
+# From here on: properties that no golden number covers, on models of random parameters.
+INPUTS = Inputs(image=ImageSpec(size=32), text=TextSpec(length=12))
+BLIP_METHODS = ("blip_cir", "blip_rerank", "blip_itm")
+
+
+def made(name, seed=0, **changes):
+    config = dataclasses.replace(METHODS[name][0].tiny(INPUTS), **changes)
+    return build(config, nnx.Rngs(seed))
+
+
+def batch_for(name, rows=8):
+    rng = np.random.default_rng(0)
+    pictures = lambda: rng.normal(size=(rows, 32, 32, 3)).astype(np.float32)
+    lengths = rng.integers(5, 13, (rows, 1))
+    query = {
+        "text": rng.integers(5, 400, (rows, 12)).astype(np.int32),
+        "text_mask": np.arange(12) < lengths,
+    }
+    if name != "blip_itm":
+        query["image"] = pictures()
+    return {"query": query, "item": {"image": pictures()}}
+
+
+def pure_loss(module):
+    """The loss as a function of parameters and batch, and the parameters."""
+    graph, state = nnx.split(module)
+    loss = lambda params, batch: nnx.merge(graph, params).loss(batch, jax.random.key(1))[0]
+    return loss, nnx.to_pure_dict(state)
+
+
+@pytest.mark.parametrize("name", BLIP_METHODS)
+def test_every_parameter_learns_and_the_loss_falls(name):
+    loss, params = pure_loss(made(name))
+    batch, tx = batch_for(name), optax.adam(3e-3)
+    grad = jax.jit(jax.value_and_grad(loss))
+    opt, (first, grads) = tx.init(params), grad(params, batch)
+    idle = {
+        sharding.path_name(path)
+        for path, g in jax.tree_util.tree_leaves_with_path(grads)
+        if not 1e-9 < np.abs(g).max() < np.inf
+    }
+    # Softmax is blind to what is added to all of a row's logits, and so to the bias of the keys.
+    assert {name for name in idle if not name.endswith("key/bias")} == set()
+    for _ in range(15):
+        updates, opt = tx.update(grads, opt)
+        params = optax.apply_updates(params, updates)
+        value, grads = grad(params, batch)
+    assert value < 0.7 * first
+
+
+@pytest.mark.parametrize("name", BLIP_METHODS)
+def test_loss_of_four_devices_equals_one(name):
+    loss, params = pure_loss(made(name))
+    batch = batch_for(name)
+    spread = jax.jit(loss)(params, sharding.put_batch(batch, sharding.make_mesh()))
+    np.testing.assert_allclose(spread, jax.jit(loss)(params, batch), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", BLIP_METHODS)
+def test_bfloat16_products_return_float32(name):
+    loss, params = pure_loss(made(name, dtype="bfloat16"))
+    batch = batch_for(name)
+    products = set(dot_products(jax.make_jaxpr(loss)(params, batch).jaxpr))
+    # Only the comparison of unit vectors in the contrastive loss stays in float32.
+    wanted = {("bfloat16", "float32")}
+    assert {(str(x), str(y)) for x, y in products} - {("float32", "float32")} == wanted
+    exact, _ = pure_loss(made(name))
+    assert abs(jax.jit(loss)(params, batch) - jax.jit(exact)(params, batch)) < 0.03
+
+
+@pytest.mark.parametrize("name", ("blip_rerank", "blip_itm"))
+def test_scores_of_lists_and_of_all_pairs_agree(name):
+    model, batch = made(name), batch_for(name, rows=4)
+    rows = np.array([[3, 0, 3], [1, 1, 2], [0, 2, 3], [2, 3, 0]])
+
+    @jax.jit
+    def scores(model, query, item):
+        queries, items = model.query(query), model.item(item)
+        lists = jax.tree.map(lambda x: x[rows], items)
+        return model.score(queries, lists), model.score_all(queries, items)
+
+    lists, every = scores(model, batch["query"], batch["item"])
+    assert lists.shape == (4, 3)
+    np.testing.assert_allclose(lists, np.take_along_axis(every, rows, 1), atol=1e-6)
+    wider = jax.tree.map(lambda x: np.pad(x, ((0, 0), (0, 0))), batch["query"]["text"])
+    short = {
+        **batch["query"],
+        "text": wider[:, :6],
+        "text_mask": batch["query"]["text_mask"][:, :6],
+    }
+    padded = {
+        **short,
+        "text": wider,
+        "text_mask": batch["query"]["text_mask"] & (np.arange(12) < 6),
+    }
+    expected = scores(model, padded, batch["item"])
+    for x, y in zip(scores(model, short, batch["item"]), expected):
+        np.testing.assert_allclose(x, y, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "merge_from, kinds", [(0, {"linear"}), (1, {"mean", "linear"}), (9, {"mean"})]
+)
+def test_layers_merge_from_the_given_one_on(merge_from, kinds):
+    model, batch = made("blip_rerank", merge_from=merge_from), batch_for("blip_rerank", rows=2)
+    blocks = nnx.to_pure_dict(nnx.state(model.text.blocks))
+    assert set(blocks) == kinds
+    queries, tokens = model.query(batch["query"]), model.item(batch["item"])["tokens"]
+    states, mask = (queries["fused"], queries["text"]), queries["mask"][:, None, None]
+    for kind in ("mean", "linear"):
+        if kind in kinds:
+            states = layers.run(getattr(model.text.blocks, kind), states, mask, tokens)
+    every = model.text.first(*(queries[k] for k in ("fused", "text", "mask")), tokens)
+    np.testing.assert_allclose(every, jnp.concatenate(states, -1)[:, 0], atol=1e-6)
+
+
+def test_stage1_reads_text_alone_and_pictures_alone_as_blip_does():
+    model, batch = made("blip_cir"), batch_for("blip_cir", rows=3)
+    text = {k: v for k, v in batch["query"].items() if k != "image"}
+    expected = model.text_project(model.text(text["text"], text["text_mask"])[:, 0])
+    np.testing.assert_allclose(model.query(text), layers.unit(expected), atol=1e-6)
+    assert np.abs(model.query(text) - model.query(batch["query"])).max() > 1e-3
+    np.testing.assert_array_equal(model.query(batch["item"]), model.item(batch["item"]))
+
+
+@pytest.mark.parametrize(
+    "name, query, missing",
+    [
+        ("blip_cir", {}, "needs `image`; this one has []"),
+        ("blip_rerank", {"text": 0}, "needs `image` and `text`; this one has ['text']"),
+        ("blip_itm", {"image": 0}, "needs `text`; this one has ['image']"),
+    ],
+)
+def test_a_query_without_its_parts_is_refused(name, query, missing):
+    with pytest.raises(ValueError) as error:
+        made(name).query(query)
+    assert missing in str(error.value)
+
+
+@pytest.mark.parametrize("name", BLIP_METHODS)
+def test_parts_that_do_not_fit_are_refused(name):
+    config = METHODS[name][0].tiny(INPUTS)
+    assert method_name(config) == name
+    other = Inputs(image=ImageSpec(size=64), text=INPUTS.text)
+    with pytest.raises(ValueError, match="reads 32"):
+        build(dataclasses.replace(config, inputs=other), nnx.Rngs(0))
+    blind = dataclasses.replace(config.text, image_width=0)
+    with pytest.raises(ValueError, match="set text.image_width"):
+        build(dataclasses.replace(config, text=blind), nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("name", BLIP_METHODS)
+def test_defaults_are_blip_base(name):
+    config = METHODS[name][0]()
+    shapes = nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: build(config, nnx.Rngs(0)))))
+    count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
+    assert count(shapes["image"]) == 86_090_496
+    texts = {"blip_cir": 137_258_496, "blip_rerank": 201_074_688, "blip_itm": 137_258_496}
+    assert count(shapes["text"]) == texts[name]
+    totals = {
+        "blip_cir": 223_742_721,
+        "blip_rerank": 288_347_138 + 137_258_496,  # with the text encoder of stage I
+        "blip_itm": 223_742_721 + 2 * 769,  # with the matching head
+    }
+    assert count(shapes) == totals[name]
+
+
+def test_temperature_stays_in_its_range():
+    batch = batch_for("blip_cir", rows=3)
+    free, bound = made("blip_cir"), made("blip_cir", temperature_range=(0.001, 0.5))
+    for model in (free, bound):
+        model.temperature[...] = jnp.asarray(2.0)
+    np.testing.assert_allclose(free.loss(batch, None)[1]["scale"], 0.5)
+    np.testing.assert_allclose(bound.loss(batch, None)[1]["scale"], 2)
+
+
+def test_equal_targets_are_right_answers_for_each_other():
+    model, batch = made("blip_cir"), batch_for("blip_cir", rows=4)
+    groups = np.array([0, 1, 0, 2], np.int32)
+    scores = model.scale() * model.query(batch["query"]) @ model.item(batch["item"]).T
+    logs = jax.nn.log_softmax(scores)
+    grouped = {**batch, "item": {**batch["item"], "group": groups}}
+    pairs = (logs[0, 0] + logs[0, 2] + logs[2, 0] + logs[2, 2]) / 2 + logs[1, 1] + logs[3, 3]
+    np.testing.assert_allclose(model.loss(grouped, None)[0], -pairs / 4, rtol=1e-5)
+    np.testing.assert_allclose(model.loss(batch, None)[0], -jnp.diag(logs).mean(), rtol=1e-5)
+
+
+def test_dropout_needs_a_key_and_keeps_the_mean():
+    x, key = jnp.ones((400, 50)), jax.random.key(0)
+    assert layers.dropout(x, 0.3, None) is x
+    out = np.asarray(layers.dropout(x, 0.3, key))
+    np.testing.assert_allclose(np.unique(out), (0, 1 / 0.7), rtol=1e-6)
+    np.testing.assert_allclose(out.mean(), 1, atol=0.02)
+    out = np.asarray(layers.drop_path(x, 0.3, key))
+    assert (out == out[:, :1]).all()
+    np.testing.assert_allclose(out.mean(), 1, atol=0.1)
+    np.testing.assert_array_equal(layers.drop_path(x, jnp.float32(0), key), x)
+
+
+def test_noise_in_training_comes_from_the_key_alone():
+    tiny = METHODS["blip_rerank"][0].tiny(INPUTS)
+    text, image = (
+        dataclasses.replace(tiny.text, dropout=0.3),
+        dataclasses.replace(tiny.image, drop_path=0.3),
+    )
+    batch = batch_for("blip_rerank", rows=3)
+    fused = lambda key, **changes: made("blip_rerank", **changes).query(batch["query"], key)[
+        "fused"
+    ]
+    quiet, keys = fused(None), jax.random.split(jax.random.key(0))
+    np.testing.assert_array_equal(quiet, fused(keys[0]))
+    np.testing.assert_array_equal(quiet, fused(keys[0], text=text))
+    for noisy in ({"image": image}, {"text": text, "fusion_dropout": True}):
+        one, again, other = (fused(key, **noisy) for key in (keys[0], keys[0], keys[1]))
+        np.testing.assert_array_equal(one, again)
+        np.testing.assert_array_equal(fused(None, **noisy), quiet)
+        assert np.abs(one - other).max() > 1e-3
+    model = made("blip_rerank", text=text)
+    values = [float(model.loss(batch, key)[0]) for key in (None, keys[0], keys[0], keys[1])]
+    assert values[1] == values[2]
+    assert len(set(values)) == 3
+
+
+def test_matching_score_is_the_log_odds():
+    model, batch = made("blip_itm"), batch_for("blip_itm", rows=2)
+    ids = blip.with_encode_token(batch["query"]["text"], model.config.text)
+    tokens = model.item(batch["item"])["tokens"]
+    logits = model.match(model.text(ids, batch["query"]["text_mask"], tokens)[:, 0])
+    odds = jnp.log(jax.nn.softmax(logits)[:, 1] / jax.nn.softmax(logits)[:, 0])
+    scores = model.score_all(model.query(batch["query"]), model.item(batch["item"]))
+    np.testing.assert_allclose(jnp.diag(scores), odds, atol=1e-6)
+
+
+def test_hard_negatives_are_of_another_group_and_mostly_the_similar_ones():
+    similarity = jnp.asarray(
+        [[9.0, 2.0, 1.0, 0.0], [0.0, 9.0, 0.0, 0.0], [0.0, 0.0, 9.0, 9.0], [0.0] * 4]
+    )
+    groups = jnp.asarray([0, 1, 2, 2])
+    draw = jax.vmap(lambda key: hard_negatives(similarity, groups, key))
+    rows, alone = map(np.asarray, draw(jax.random.split(jax.random.key(0), 4000)))
+    assert not alone.any()
+    assert (np.asarray(groups)[rows] != np.asarray(groups)).all()
+    weights = np.asarray(jax.nn.softmax(similarity[0]))[1:] + 1e-4
+    share = np.bincount(rows[:, 0], minlength=4)[1:] / 4000
+    np.testing.assert_allclose(share, weights / weights.sum(), atol=0.03)
+    assert set(np.unique(rows[:, 3])) == {0, 1}
+
+
+def test_matching_loss_by_hand():
+    """With two rows each other's only negative, the drawn pairs are known: all four."""
+    model, batch = made("blip_itm"), batch_for("blip_itm", rows=2)
+    scores = model.score_all(model.query(batch["query"]), model.item(batch["item"]))
+    signed = np.asarray([scores[0, 0], scores[1, 1], *[-scores[0, 1], -scores[1, 0]] * 2])
+    value, metrics = model.loss(batch, jax.random.key(0))
+    np.testing.assert_allclose(metrics["matching"], np.log1p(np.exp(-signed)).mean(), rtol=1e-5)
+    np.testing.assert_allclose(value, metrics["matching"] + metrics["contrast"], rtol=1e-6)
+    alike = {**batch, "item": {**batch["item"], "group": np.zeros(2, np.int32)}}
+    _, metrics = model.loss(alike, jax.random.key(0))
+    np.testing.assert_allclose(metrics["matching"], np.log1p(np.exp(-signed[:2])).mean(), rtol=1e-5)
+
+
+def test_plain_bert_has_types_and_gives_every_state():
+    config = bert.BertConfig(vocabulary=40, length=9, width=16, layers=3, heads=2, hidden=24)
+    model = bert.Bert(config, dtype="float32", remat=True, rngs=nnx.Rngs(0))
+    ids = np.random.default_rng(0).integers(1, 40, (2, 7)).astype(np.int32)
+    mask = np.arange(7) < np.array([[7], [4]])
+    states = model.states(ids, mask)
+    assert states.shape == (4, 2, 7, 16)
+    np.testing.assert_allclose(states[0], model.embeddings(ids), atol=1e-6)
+    np.testing.assert_allclose(states[-1], model(ids, mask), atol=1e-6)
+    np.testing.assert_allclose(states[-1, :, 0], model.first(ids, mask), atol=1e-6)
+    model.embeddings.types[...] = model.embeddings.types[...].at[1].add(1.0)
+    np.testing.assert_array_equal(model.states(ids, mask), states)
+    model.embeddings.types[...] = model.embeddings.types[...].at[0, 0].add(1.0)
+    assert np.abs(model.states(ids, mask) - states).max() > 0.1
+    with pytest.raises(ValueError, match="10 tokens does not fit 9"):
+        model(np.ones((1, 10), np.int32), np.ones((1, 10), bool))
+    with pytest.raises(ValueError, match="no cross-attention"):
+        model(ids, mask, jnp.zeros((2, 5, 16)))

@@ -114,7 +114,7 @@ def palette_picture() -> Image.Image:
 
 def rgba_picture() -> Image.Image:
     picture = Image.fromarray(synthetic(90, 60)).convert("RGBA")
-    picture.putalpha(Image.fromarray(synthetic(90, 60)[..., 0]))
+    picture.putalpha(Image.fromarray(synthetic(90, 60)[..., 2]))
     return picture
 
 
@@ -139,13 +139,13 @@ def transparent_pictures() -> dict[str, bytes]:
     hidden = np.where(alpha == 0, 100, 50).astype(np.uint8)
     palette = Image.fromarray((alpha == 0).astype(np.uint8))
     palette = Image.frombytes("P", palette.size, palette.tobytes())
-    palette.putpalette([50, 50, 50, 100, 100, 100])
+    palette.putpalette([50, 50, 50, 100, 100, 100, 0, 0, 0])
     return {
         "RGBA": encoded(
             Image.merge("RGBA", [Image.fromarray(x) for x in (grey, grey, grey, alpha)])
         ),
         "LA": encoded(Image.merge("LA", [Image.fromarray(grey), Image.fromarray(alpha)])),
-        "P bytes": encoded(palette, transparency=b"\xff\x00"),
+        "P bytes": encoded(palette, transparency=b"\xff\x00\x80"),
         "P index": encoded(palette, transparency=1),
         "L colour": encoded(Image.fromarray(hidden), transparency=100),
         "RGB colour": encoded(Image.fromarray(hidden).convert("RGB"), transparency=(100, 100, 100)),
@@ -219,7 +219,7 @@ def test_damaged_files_are_refused_with_path_and_reason(name, tmp_path):
         ValueError, match=re.escape(str(path)) + r": cannot be read as a picture \(.+\); replace"
     ):
         open_image(path)
-    with pytest.raises(ValueError, match="picture of .* bytes: cannot be read"):
+    with pytest.raises(ValueError, match=r"picture of .* bytes: cannot be read"):
         open_image(damaged_files()[name])
 
 

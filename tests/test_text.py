@@ -5,6 +5,7 @@ import hashlib
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -75,15 +76,17 @@ LIGHTHOUSE = (
     "94 379 960 26310 2706 20 4 12699 6794 155 4554 6943 1103 17 4 10557 7 671 126 9686 5",
 )
 
+# Many pairs that are equally frequent: their order must not depend on chance.
+TIES = [a + b + c + " " + c + a for a in "abcdefgh" for b in "xyz" for c in "klmnop"]
 TEXTS = [
     "a grinning face with big eyes and an open smile",
     "Grinning face: smiling eyes, open mouth!",
     "the face of a cat with smiling eyes",
     "a sleepy cat's face; the cat is sleeping",
     "café crème, 日本 2024",
-] * 4
+] * 4 + TIES
 TRAINERS = {
-    "clip_bpe": (train_bpe, 600),
+    "clip_bpe": (train_bpe, 560),
     "wordpiece": (train_wordpiece, 120),
     "sentencepiece": (train_sentencepiece, 70),
 }
@@ -138,6 +141,11 @@ def test_a_special_token_behind_punctuation_is_plain_text():
     assert 49407 not in clip.content(["dog!<|endoftext|>"])[0]
 
 
+def test_contractions_ignore_case_as_unicode_knows_it():
+    """Of the original: lower case leaves the long s alone, and its pattern takes it for an s."""
+    assert tokenizer(TextSpec()).content(["it'ſ"]) == [[585, 6, 129, 379]]
+
+
 def test_clip_decode():
     clip = tokenizer(TextSpec())
     assert clip.size == 49408
@@ -152,6 +160,7 @@ def test_clip_decode():
 
 
 def test_clean():
+    assert clean("<b> &amp;lt;") == "<b> <"
     assert clean("  It&amp;#39;s \u00a0 ÜBER\r\n“cool” ") == 'it\'s über "cool"'
 
 
@@ -159,7 +168,7 @@ def test_lone_surrogates_do_not_stop_any_tokenizer(tmp_path):
     for kind in TRAINERS:
         (tmp_path / kind).mkdir()
         made, _ = train(kind, tmp_path / kind)
-        assert len(made.content(["cat \ud800 face"])[0]) > 2
+        assert len(made.content(["cat \ud800 face"])[0]) >= 2
 
 
 def test_packaged_vocabulary_is_the_published_one():
@@ -277,12 +286,14 @@ def test_own_vocabularies_go_through_the_same_class(kind, tmp_path):
     made, announced = train(kind, tmp_path)
     assert made.size == announced <= TRAINERS[kind][1]
     ids, mask = made(["smiling cat face", "", "☃ nothing known ☃", "cat " * 50])
-    assert ids.shape == (4, 24) and 0 <= ids.min() and ids.max() < made.size
+    assert ids.shape == (4, 24) and ids.min() >= 0 and ids.max() < made.size
     assert (ids[:, 0] == made.start).all()
     assert [ids[row, n - 1] for row, n in enumerate(mask.sum(axis=1))] == [made.end] * 4
     assert (ids[~mask] == made.pad).all()
     assert mask.sum(axis=1)[3] == 24 and mask.sum(axis=1)[1] == 2
     assert made.decode(ids[0]) == "smiling cat face" and made.decode(ids[1]) == ""
+    unknown = {"wordpiece": 1, "sentencepiece": 3}
+    assert kind not in unknown or unknown[kind] in ids[2]
 
 
 def test_size_of_the_merges_decides_the_ids(tmp_path):
@@ -292,35 +303,42 @@ def test_size_of_the_merges_decides_the_ids(tmp_path):
     assert (made.size, made.start, made.end) == (516, 514, 515)
     letter = {c: ord(c) - 33 for c in "abcdefghijklmnopqrstuvwxyz"}
     assert made.content(["cat", "cats", "ca"]) == [[513], [512, letter["t"], 256 + letter["s"]], [letter["c"], 256 + letter["a"]]]  # fmt: skip
-    assert made.decode(made(["cats and cat"])[0][0]) == "cats and"[:4] + " a"
+    assert made.decode(made(["cats and cat"])[0][0]) == "cats and"
 
 
 def test_own_bpe_learns_words_and_counts_its_ids(tmp_path):
     made, announced = train("clip_bpe", tmp_path, name="own.txt.gz")
     lines = gzip.decompress((tmp_path / "own.txt.gz").read_bytes()).decode().splitlines()
-    assert announced == 600 and len(lines) == 1 + 600 - 514
-    assert (made.start, made.end, made.pad) == (598, 599, 0)
-    assert len(made.content(["Cat face"])[0]) == 2
+    assert announced == 560 and len(lines) == 1 + 560 - 514
+    assert (made.start, made.end, made.pad) == (558, 559, 0)
+    assert len(made.content(["Smiling faces"])[0]) < 12
     assert train_bpe(["one", "two"], 4000, str(tmp_path / "few.txt")) == 514
 
 
 def test_a_vocabulary_written_again_is_read_again(tmp_path):
-    first, _ = train("clip_bpe", tmp_path, size=600)
-    same, _ = tokenizer(TextSpec("clip_bpe", str(tmp_path / "vocabulary.txt"), 24)), None
-    second, _ = train("clip_bpe", tmp_path, size=560)
-    assert first is same and (first.size, second.size) == (600, 560)
+    first, _ = train("clip_bpe", tmp_path, size=560)
+    same = tokenizer(TextSpec("clip_bpe", str(tmp_path / "vocabulary.txt"), 24))
+    second, _ = train("clip_bpe", tmp_path, size=540)
+    assert first is same and (first.size, second.size) == (560, 540)
 
 
 @pytest.mark.parametrize("threads", ["1", "4"])
 def test_training_is_deterministic(threads, tmp_path):
     """In other processes, as the library's hash tables are seeded anew in each."""
-    code = "import sys; sys.path.insert(0, 'tests'); import test_text, pathlib\nfor k in test_text.TRAINERS: test_text.train(k, pathlib.Path(sys.argv[1]), name=k)"
+    code = (
+        "import pathlib, sys; sys.path.insert(0, sys.argv[1]); import test_text as t\n"
+        "for kind in t.TRAINERS: t.train(kind, pathlib.Path(sys.argv[2]), name=kind)"
+    )
     here, there = tmp_path / "here", tmp_path / "there"
     here.mkdir(), there.mkdir()
     for kind in TRAINERS:
         train(kind, here, name=kind)
     environment = os.environ | {"RAYON_NUM_THREADS": threads, "PYTHONHASHSEED": threads}
-    subprocess.run([sys.executable, "-c", code, str(there)], check=True, env=environment)
+    subprocess.run(
+        [sys.executable, "-c", code, str(Path(__file__).parent), str(there)],
+        check=True,
+        env=environment,
+    )
     for kind in TRAINERS:
         assert (here / kind).read_bytes() == (there / kind).read_bytes(), kind
 

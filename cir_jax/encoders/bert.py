@@ -64,7 +64,9 @@ class Embeddings(nnx.Module):
     def __call__(self, ids: jax.Array, key: jax.Array | None = None) -> jax.Array:
         length, limit = ids.shape[1], len(self.positions[...])
         if length > limit:
-            raise ValueError(f"a text of {length} tokens does not fit {limit} positions; set inputs.text.length")
+            raise ValueError(
+                f"a text of {length} tokens does not fit {limit} positions; set inputs.text.length"
+            )
         x = self.embedding[...][ids] + self.positions[...][:length]
         x = x if self.types is None else x + self.types[...][0]
         return dropout(self.ln(x), self.dropout, key)
@@ -156,7 +158,9 @@ class Bert(nnx.Module):
 
     def _context(self, mask, tokens):
         if tokens is not None and not self.config.image_width:
-            raise ValueError("this BERT has no cross-attention; set image_width to give it picture tokens")
+            raise ValueError(
+                "this BERT has no cross-attention; set image_width to give it picture tokens"
+            )
         return mask[:, None, None], tokens
 
     def _options(self, key):

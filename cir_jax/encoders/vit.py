@@ -67,7 +67,9 @@ class Vit(nnx.Module):
 
     def __init__(self, config: VitConfig, *, dtype: Dtype, remat: bool, rngs):
         if config.size % config.patch:
-            raise ValueError(f"picture size {config.size} is not a multiple of patch {config.patch}")
+            raise ValueError(
+                f"picture size {config.size} is not a multiple of patch {config.patch}"
+            )
         width, patch = config.width, config.patch
         tokens = (config.size // patch) ** 2 + 1
         self.config, self.dtype, self.remat = config, dtype, remat

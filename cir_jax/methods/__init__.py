@@ -7,6 +7,7 @@ import jax
 from cir_jax.methods.blip_cir import BlipCir, BlipCirConfig
 from cir_jax.methods.blip_itm import BlipItm, BlipItmConfig
 from cir_jax.methods.blip_rerank import BlipRerank, BlipRerankConfig
+from cir_jax.methods.cfir import Cfir, CfirConfig
 from cir_jax.methods.clip import Clip, ClipConfig
 
 Batch = dict[str, dict[str, jax.Array]]
@@ -46,6 +47,7 @@ class Reranker(Protocol):
 
 METHODS = {
     "clip": (ClipConfig, Clip),
+    "cfir": (CfirConfig, Cfir),
     "blip_cir": (BlipCirConfig, BlipCir),
     "blip_rerank": (BlipRerankConfig, BlipRerank),
     "blip_itm": (BlipItmConfig, BlipItm),

@@ -80,7 +80,9 @@ def check_towers(config) -> None:
 def check_query(query: Mapping, *parts: str) -> None:
     """Refuse a query without the parts that the method reads."""
     if any(part not in query for part in parts):
-        raise ValueError(f"a query needs {' and '.join(f'`{p}`' for p in parts)}; this one has {sorted(query)}")
+        raise ValueError(
+            f"a query needs {' and '.join(f'`{p}`' for p in parts)}; this one has {sorted(query)}"
+        )
 
 
 class BlipCir(nnx.Module):

@@ -90,7 +90,10 @@ class BlipItm(nnx.Module):
         query, items = batch["query"], self.item(batch["item"], subkey(key, 0))
         groups = batch["item"].get("group")
         texts = self.text.first(query["text"], query["text_mask"], key=subkey(key, 1))
-        texts, images = unit(self.text_project(texts)), unit(self.image_project(items["tokens"][:, 0]))
+        texts, images = (
+            unit(self.text_project(texts)),
+            unit(self.image_project(items["tokens"][:, 0])),
+        )
         scale = 1 / jnp.clip(self.temperature[...], *TEMPERATURES)
         contrast, metrics = losses.contrastive(texts, images, scale, groups)
         similarity = jax.lax.stop_gradient(scale * jnp.einsum("td,id->ti", texts, images))

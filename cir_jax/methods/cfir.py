@@ -1,0 +1,121 @@
+"""CFIR (Long et al. 2024, arXiv 2402.15276; GLA-IR/CFIR): documents find pictures, in two stages of one model.
+
+BEiT-3 as a dual encoder. Stage 1 asks once for every entity of a document, stage 2 once for its summary; both compare
+with the same vectors of the pictures.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from cir_jax import losses
+from cir_jax.data.inputs import Inputs
+from cir_jax.data.text import tokenizer
+from cir_jax.encoders.beit3 import BEIT3_BASE, Beit3Config, ImageTower, TextTower
+from cir_jax.encoders.layers import Dtype, Linear, subkey, truncated, unit
+
+
+@dataclass(frozen=True)
+class CfirConfig:
+    """Architecture and inputs; the defaults are BEiT-3 base at 224 pixels.
+
+    `largest_scale` bounds the learned inverse temperature; None as in the paper.
+    """
+
+    encoder: Beit3Config = BEIT3_BASE
+    largest_scale: float | None = None
+    dtype: Dtype = "float32"
+    remat: bool = True
+    inputs: Inputs = field(default_factory=Inputs)
+
+    @classmethod
+    def tiny(cls, inputs: Inputs) -> "CfirConfig":
+        """A size for tests."""
+        encoder = Beit3Config(
+            size=inputs.image.size,
+            vocabulary=tokenizer(inputs.text).size,
+            length=inputs.text.length,
+            width=32,
+            layers=2,
+            heads=2,
+            hidden=64,
+            mask_token=False,
+        )
+        return cls(encoder, inputs=inputs)
+
+
+class Cfir(nnx.Module):
+    """Retriever: `query` (text) and `item` (picture) give unit vectors."""
+
+    def __init__(self, config: CfirConfig, rngs: nnx.Rngs):
+        encoder = config.encoder
+        if config.inputs.image.size != encoder.size:
+            raise ValueError(
+                f"inputs.image.size is {config.inputs.image.size}, the picture tower reads {encoder.size}; "
+                "set both to the same size"
+            )
+        if config.inputs.text.length > encoder.length:
+            raise ValueError(
+                f"inputs.text.length is {config.inputs.text.length}, the text tower reads at most {encoder.length} "
+                "tokens; lower it, or raise encoder.length"
+            )
+        options = {"dtype": config.dtype, "rngs": rngs}
+        project = {"std": truncated(0.02), "bias": False, **options}
+        self.image = ImageTower(encoder, remat=config.remat, **options)
+        self.text = TextTower(encoder, remat=config.remat, **options)
+        self.image_project = Linear(encoder.width, encoder.width, **project)
+        self.text_project = Linear(encoder.width, encoder.width, **project)
+        self.logit_scale = nnx.Param(jnp.log(jnp.asarray(1 / 0.07)))
+        self.config = config
+
+    def query(self, query: dict[str, jax.Array], key: jax.Array | None = None):
+        """Unit rows of a text each, or of several texts each.
+
+        Args:
+          query: `text` `[B, L]` and `text_mask`, or `[B, M, L]` where every query asks up to M times; a text without
+            a single token is none.
+          key: turns drop-path and dropout on.
+
+        Returns:
+          `[B, D]`; for several texts `([B, M, D], mask [B, M])`, where the rows of missing texts are zero.
+        """
+        if "text" not in query:
+            raise ValueError(f"a query needs `text`; this one has {sorted(query)}")
+        ids, mask = query["text"], query["text_mask"]
+        length = ids.shape[-1]
+        states = self.text(ids.reshape(-1, length), mask.reshape(-1, length), key)
+        vectors = unit(self.text_project(states)).reshape(*ids.shape[:-1], -1)
+        if ids.ndim == 2:
+            return vectors
+        asked = mask.any(axis=-1)
+        return jnp.where(asked[:, :, None], vectors, 0), asked
+
+    def item(self, item: dict[str, jax.Array], key: jax.Array | None = None) -> jax.Array:
+        """`[B, D]`; a `key` turns drop-path and dropout on."""
+        return unit(self.image_project(self.image(item["image"], key)))
+
+    def scale(self) -> jax.Array:
+        """The learned inverse temperature."""
+        limit = math.inf if self.config.largest_scale is None else self.config.largest_scale
+        return jnp.minimum(jnp.exp(self.logit_scale[...]), limit)
+
+    def loss(self, batch, key) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Symmetric contrastive loss of one text and one picture per row.
+
+        With `item["group"]` equal pictures count as right answers for each other; the paper has no groups, so there
+        they are negatives.
+        """
+        if batch["query"]["text"].ndim != 2:
+            raise ValueError(
+                f"training takes one text per query, `text` [B, L]; found {batch['query']['text'].shape}; "
+                "draw one entity, or join them"
+            )
+        queries = self.query(batch["query"], subkey(key, 0))
+        items = self.item(batch["item"], subkey(key, 1))
+        value, metrics = losses.contrastive(
+            queries, items, self.scale(), batch["item"].get("group")
+        )
+        return value, metrics | {"scale": self.scale()}

@@ -1,0 +1,37 @@
+"""The packaged model `emoji_text`: names find emoji, trained from scratch on the built-in training concepts.
+
+    python -m cir_jax.train emoji_text --workdir runs/emoji_text
+"""
+
+from cir_jax.config import Data, Experiment, Optim, Train
+from cir_jax.data.emoji import VOCABULARY
+from cir_jax.data.images import ImageSpec
+from cir_jax.data.inputs import Inputs
+from cir_jax.data.text import TextSpec
+from cir_jax.encoders.clip import TextConfig, VisionConfig
+from cir_jax.methods.clip import ClipConfig
+
+# The pictures are drawn on white: a mean near white keeps the inputs small.
+GREY = {"mean": (0.75, 0.75, 0.75), "std": (0.35, 0.35, 0.35)}
+
+config = Experiment(
+    method=ClipConfig(
+        vision=VisionConfig(size=64, patch=8, width=128, layers=4, heads=4),
+        text=TextConfig(vocabulary=4000, length=32, width=128, layers=3, heads=4),
+        embed=128,
+        activation="gelu",
+        remat=False,
+        largest_scale=30.0,
+        patches_kept=0.5,
+        inputs=Inputs(
+            image=ImageSpec(size=64, background=(255, 255, 255), **GREY),
+            text=TextSpec(vocab=str(VOCABULARY), length=32),
+        ),
+    ),
+    data=(Data("emoji-text"), Data("emoji-composed", variant="both-strict-even")),
+    train=Train(
+        steps=2400, batch_size=192, log_every=20, save_every=200, eval_every=200, export_dtype="float16"
+    ),
+    optim=Optim(lr=7e-4, weight_decay=0.3, warmup=50),
+    evals=("emoji-text/noto/val", "emoji-text/twemoji/val"),
+)

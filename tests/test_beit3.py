@@ -1,0 +1,351 @@
+"""BEiT-3 and CFIR against numbers computed with the original code (weights and inputs by formula; cfir.md 2.5)."""
+
+import dataclasses
+
+import golden_beit3 as golden
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from cir_jax.checkpoint import abstract_params
+from cir_jax.data.images import ImageSpec
+from cir_jax.data.inputs import Inputs
+from cir_jax.data.text import TextSpec
+from cir_jax.encoders.beit3 import (
+    BEIT3_BASE,
+    BEIT3_LARGE,
+    Adapter,
+    AdapterConfig,
+    Beit3Config,
+    joint,
+    resize_positions,
+)
+from cir_jax.methods.cfir import Cfir, CfirConfig
+from cir_jax.optim import count
+
+TINY = Beit3Config(size=32, vocabulary=40, length=14, width=16, layers=2, heads=4, hidden=32)
+IDS = np.array([[0, 5, 6, 7, 2, 1], [0, 9, 2, 1, 1, 1]], np.int32)
+MASK = np.array([[1, 1, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0]], bool)
+
+EMBEDDED = (-0.754350, -0.909346, 1.011762, -1.210200)
+IMAGE_STATES = {
+    (0, 0): (-0.428609, 0.302408, -0.091381, -0.372279, 0.578019, 1.195582, 0.447702, -0.405771),
+    (1, 4): (-1.609875, 1.491840, 0.703667, -0.049728),
+}
+TEXT_STATES = {
+    (0, 0): (0.125963, -0.932573, -0.183151, -1.504426, -0.545054, 0.455725, -0.208263, 0.644204),
+    (1, 5): (1.607216, -0.589394, 0.351161, -0.455941),
+}
+JOINT_STATES = {
+    (0, 0): (-0.471819, -0.835149, -1.779233, 1.732990),
+    (0, 5): (-0.049240, -1.303935, 0.377776, -0.412770),
+}
+IMAGE = {
+    0: (-0.039207, 0.025889, 0.169239, 0.364285, -0.488128, -0.015289, -0.215047, 0.067724),
+    1: (0.280042, 0.210996, -0.161687, 0.248932),
+}
+TEXT = {
+    0: (0.334714, 0.605598, 0.273039, -0.055171, 0.234821, 0.055215, 0.208682, 0.097367),
+    1: (-0.061023, 0.499278, 0.121362, 0.211005),
+}
+COSINES = ((-0.280297, -0.181402), (0.182787, 0.027468))
+LOSS = 1.548666
+# The printed digits are those of a float32 run of the original. Sums over a patch (768 products) and over the joint
+# sequence are off by 2.2e-6 and 1.5e-6 in it; everything else agrees with float64 to 1e-6.
+OF_FLOAT32 = 3e-6
+# towers with adapters -> first values of picture 0 and text 0
+ADAPTED = {
+    ("image", "text"): (
+        (-0.037953, 0.003921, 0.161184, 0.380113),
+        (0.302106, 0.598992, 0.301015, -0.027072),
+    ),
+    ("image",): ((-0.031879, 0.029002, 0.171228, 0.364366), TEXT[0]),
+    ("text",): (IMAGE[0], (0.354005, 0.600046, 0.281824, -0.052151)),
+}
+ENHANCED = (
+    (-0.120783, 0.586181, -0.062939, -0.118719),
+    (0.431674, 0.278809, -0.040461, 0.255458),
+)
+
+
+def config_of(encoder=TINY, **changes):
+    inputs = Inputs(image=ImageSpec(size=encoder.size), text=TextSpec(length=12))
+    return CfirConfig(encoder=encoder, inputs=inputs, **changes)
+
+
+def with_tensors(config, tensors, dtype):
+    graph, shapes = abstract_params(config)
+    params = jax.tree.map(lambda x: jnp.asarray(x, dtype), golden.params(tensors, config.encoder))
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, shapes)
+    return nnx.merge(graph, params)
+
+
+def golden_cfir(dtype=np.float32, encoder=TINY, **changes):
+    tensors = golden.filled(golden.shapes(encoder))
+    if encoder.adapter:
+        tensors |= golden.filled_adapters(golden.adapter_shapes(encoder))
+    if encoder.enhancer:
+        tensors |= golden.filled_enhancer(golden.enhancer_shapes(encoder))
+    return with_tensors(config_of(encoder, **changes), tensors, dtype)
+
+
+def pictures(dtype=np.float32):
+    values = np.random.RandomState(1000).uniform(-1, 1, (2, 3, 32, 32)).astype(np.float32)
+    return values.transpose(0, 2, 3, 1).astype(dtype)
+
+
+def batch(dtype=np.float32):
+    return {"query": {"text": IDS, "text_mask": MASK}, "item": {"image": pictures(dtype)}}
+
+
+@pytest.fixture(params=["float64", "float32"])
+def precision(request):
+    """(dtype, tolerance): 1e-6 of the printed digits in x64 mode, the design's 1e-5 in float32."""
+    if request.param == "float32":
+        yield np.float32, 1e-5
+        return
+    with jax.enable_x64(True):
+        yield np.float64, 1e-6
+
+
+def check(found, expected, tolerance):
+    expected = np.asarray(expected)
+    found = np.asarray(found)[..., : expected.shape[-1]] if expected.ndim else found
+    scale = max(1, np.abs(expected).max()) if tolerance == 1e-5 else 1
+    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * scale)
+
+
+def test_patches(precision):
+    dtype, tolerance = precision
+    tolerance = max(tolerance, OF_FLOAT32)
+    check(golden_cfir(dtype).image.embed(pictures(dtype))[0, 1], EMBEDDED, tolerance)
+
+
+def test_image_states(precision):
+    dtype, tolerance = precision
+    states = golden_cfir(dtype).image.tokens(pictures(dtype))
+    for place, expected in IMAGE_STATES.items():
+        check(states[place], expected, tolerance)
+
+
+def test_text_states_also_at_padding(precision):
+    dtype, tolerance = precision
+    states = golden_cfir(dtype).text.tokens(IDS, MASK)
+    for place, expected in TEXT_STATES.items():
+        check(states[place], expected, tolerance)
+
+
+def test_joint_states(precision):
+    dtype, tolerance = precision
+    tolerance = max(tolerance, OF_FLOAT32)
+    model = golden_cfir(dtype)
+    states = joint(model.image, model.text, pictures(dtype), IDS, MASK)
+    assert states.shape == (2, 5 + 6, 16)
+    for place, expected in JOINT_STATES.items():
+        check(states[place], expected, tolerance)
+
+
+def test_features_cosines_and_loss(precision):
+    dtype, tolerance = precision
+    model, both = golden_cfir(dtype), batch(dtype)
+    images, texts = model.item(both["item"]), model.query(both["query"])
+    for row in (0, 1):
+        check(images[row], IMAGE[row], tolerance)
+        check(texts[row], TEXT[row], tolerance)
+    check(images @ texts.T, COSINES, tolerance)
+    loss, metrics = model.loss(both, jax.random.key(0))
+    check(loss, LOSS, tolerance)
+    check(metrics["scale"], np.exp(2.0), tolerance)
+
+
+@pytest.mark.parametrize("towers", ADAPTED, ids="+".join)
+def test_adapters(precision, towers):
+    dtype, tolerance = precision
+    adapter = AdapterConfig(towers=towers, width=4)
+    model = golden_cfir(dtype, dataclasses.replace(TINY, adapter=adapter))
+    image, text = ADAPTED[towers]
+    check(model.item(batch(dtype)["item"])[0], image, tolerance)
+    check(model.query(batch(dtype)["query"])[0], text, tolerance)
+
+
+def test_enhancer(precision):
+    dtype, tolerance = precision
+    model = golden_cfir(dtype, dataclasses.replace(TINY, enhancer=128))
+    image, text = ENHANCED
+    check(model.item(batch(dtype)["item"])[0], image, tolerance)
+    check(model.query(batch(dtype)["query"])[0], text, tolerance)
+
+
+def test_each_usual_mistake_is_noticed():
+    with jax.enable_x64(True):
+        right = golden_cfir(np.float64).query(batch()["query"])
+        wrong = {}
+        model = golden_cfir(np.float64)
+        positions = model.text.expert.positions
+        positions[...] = jnp.roll(positions[...], 2, axis=0)
+        wrong["positions from 0"] = model.query(batch()["query"])
+        blind = {"text": IDS, "text_mask": np.ones_like(MASK)}
+        wrong["no mask"] = golden_cfir(np.float64).query(blind)
+        model = golden_cfir(np.float64)
+        model.text.expert.blocks.mlp.ln.epsilon = 1e-6
+        wrong["epsilon"] = model.query(batch()["query"])
+        apart = {name: float(np.abs(vectors - right).max()) for name, vectors in wrong.items()}
+    assert apart["positions from 0"] > 0.5
+    assert apart["no mask"] > 0.5
+    assert apart["epsilon"] > 2e-6
+
+
+def test_first_position_alone_equals_all_states():
+    model = golden_cfir()
+    np.testing.assert_allclose(
+        model.image(pictures()), model.image.tokens(pictures())[:, 0], atol=1e-6
+    )
+    np.testing.assert_allclose(model.text(IDS, MASK), model.text.tokens(IDS, MASK)[:, 0], atol=1e-6)
+
+
+def test_length_of_the_padding_does_not_change_a_text():
+    model = golden_cfir()
+    longer = {"text": np.pad(IDS, ((0, 0), (0, 4))), "text_mask": np.pad(MASK, ((0, 0), (0, 4)))}
+    np.testing.assert_allclose(model.query(longer), model.query(batch()["query"]), atol=1e-6)
+
+
+def test_hidden_patches_become_the_mask_token():
+    image = golden_cfir().image
+    hidden = np.array([[0, 1, 0, 0], [0, 0, 0, 0]], bool)
+    plain, masked = image.embed(pictures()), image.embed(pictures(), hidden)
+    np.testing.assert_array_equal(masked[0, 2], image.mask_token[...])
+    np.testing.assert_array_equal(np.delete(masked, 2, axis=1)[0], np.delete(plain, 2, axis=1)[0])
+    np.testing.assert_array_equal(masked[1], plain[1])
+
+
+def test_several_texts_of_one_query():
+    model = golden_cfir()
+    ids, mask = np.stack([IDS, IDS[::-1]]), np.stack([MASK, MASK[::-1]])
+    mask[1, 1] = False
+    vectors, asked = model.query({"text": ids, "text_mask": mask})
+    single = model.query(batch()["query"])
+    np.testing.assert_array_equal(asked, [[True, True], [True, False]])
+    np.testing.assert_allclose(vectors[0], single, atol=1e-6)
+    np.testing.assert_allclose(vectors[1, 0], single[1], atol=1e-6)
+    np.testing.assert_array_equal(vectors[1, 1], 0)
+
+
+@pytest.mark.parametrize(
+    "encoder, keys, parameters",
+    [(BEIT3_BASE, 494, 222_167_041), (BEIT3_LARGE, 974, 674_799_617)],
+    ids=["base", "large"],
+)
+def test_size_of_the_published_models(encoder, keys, parameters):
+    assert len(golden.shapes(encoder)) == keys
+    config = CfirConfig(encoder=encoder, inputs=Inputs(image=ImageSpec(size=encoder.size)))
+    assert count(abstract_params(config)[1]) == parameters
+
+
+def test_size_with_adapters_and_enhancer():
+    encoder = dataclasses.replace(BEIT3_BASE, adapter=AdapterConfig(), enhancer=128)
+    tables = golden.shapes(encoder), golden.adapter_shapes(encoder), golden.enhancer_shapes(encoder)
+    assert sum(map(len, tables)) == 734
+    config = CfirConfig(encoder=encoder, inputs=Inputs(image=ImageSpec(size=encoder.size)))
+    assert count(abstract_params(config)[1]) == 229_292_545
+
+
+@pytest.mark.parametrize("norm, scale", [("in", None), ("none", 0.6), ("out", None)])
+def test_every_option_of_an_adapter_starts_as_nothing_and_learns(norm, scale):
+    config = AdapterConfig(width=4, norm=norm, scale=scale)
+    adapter = Adapter(16, config, dtype="float32", rngs=nnx.Rngs(0))
+    assert (adapter.scale is None) == (scale is not None)
+    x = jax.random.normal(jax.random.key(0), (2, 3, 16))
+    assert adapter(x).shape == x.shape
+    np.testing.assert_array_equal(adapter(x), 0)
+    adapter.up.kernel[...] = 0.3 * jax.random.normal(jax.random.key(1), (4, 16))
+    assert np.abs(adapter(x)).max() > 1e-3
+
+
+def test_initial_values():
+    model = Cfir(config_of(), nnx.Rngs(0))
+    kernel = np.asarray(model.text.expert.blocks.mlp.up.kernel[...])
+    assert kernel.shape == (2, 16, 32)
+    assert 0.019 < np.abs(kernel).max() <= 0.02
+    assert np.abs(kernel.std() - 0.0108) < 5e-4
+    assert np.abs(np.std(model.text.expert.positions[...]) - 1) < 0.1
+    assert np.abs(model.image.patch_kernel[...]).max() <= 1 / np.sqrt(3 * 16 * 16)
+    assert not np.any(model.image.class_token[...])
+    assert float(model.scale()) == pytest.approx(1 / 0.07)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"drop_path": 0.5}, {"adapter": AdapterConfig(width=4, dropout=0.5)}], ids=str
+)
+def test_a_key_drops_at_random_and_none_does_not(changes):
+    model = golden_cfir(encoder=dataclasses.replace(TINY, **changes))
+    item = batch()["item"]
+    dropped = jax.jit(lambda seed: model.item(item, jax.random.key(seed)))
+    once, same, *others = map(dropped, (1, 1, 2, 3, 4, 5))
+    np.testing.assert_array_equal(once, same)
+    assert max(np.abs(once - other).max() for other in others) > 1e-3
+    np.testing.assert_array_equal(model.item(item), model.item(item))
+
+
+def test_a_key_without_rates_changes_nothing():
+    model = golden_cfir()
+    item = batch()["item"]
+    np.testing.assert_array_equal(model.item(item, jax.random.key(1)), model.item(item))
+
+
+def test_largest_scale():
+    assert float(golden_cfir(largest_scale=3.0).scale()) == 3.0
+
+
+def test_bfloat16_products_keep_the_direction():
+    exact, rough = golden_cfir(), golden_cfir(dtype=np.float32)
+    rough = nnx.merge(
+        abstract_params(config_of(dtype="bfloat16"))[0], nnx.to_pure_dict(nnx.state(rough))
+    )
+    for part in ("query", "item"):
+        x, y = (getattr(model, part)(batch()[part]) for model in (exact, rough))
+        assert y.dtype == jnp.float32
+        assert (x * y).sum(axis=1).min() > 0.999
+        assert np.abs(x - y).max() > 0
+
+
+def test_position_table_for_another_picture_size():
+    table = np.zeros((3 + 16, 1), np.float32)
+    table[:3, 0], table[3:, 0] = (7, 8, 9), np.arange(16)
+    larger = np.asarray(resize_positions(table, 6))
+    np.testing.assert_array_equal(larger[:3, 0], (7, 8, 9))
+    square = larger[3:, 0].reshape(6, 6)
+    expected = {
+        0: (-0.43403, 0.05903, 0.86574, 1.43982, 2.24653, 2.73958),
+        1: (1.53819, 2.03125, 2.83796, 3.41204, 4.21875, 4.71181),
+        5: (12.26042, 12.75347, 13.56019, 14.13426, 14.94097, 15.43403),
+    }
+    for row, values in expected.items():
+        # Printed with five digits, so half a unit of the last comes on top.
+        np.testing.assert_allclose(square[row], values, rtol=1e-5, atol=6e-6)
+    table[3:, 0] = np.random.RandomState(7).standard_normal((4, 4)).reshape(-1)
+    smaller = np.asarray(resize_positions(table, 3))[3:, 0].reshape(3, 3)
+    expected = [
+        (1.04977, -0.34861, 0.07305),
+        (0.01465, 0.14840, -0.95967),
+        (0.50750, -0.19954, -1.11101),
+    ]
+    np.testing.assert_allclose(smaller, expected, rtol=1e-5, atol=6e-6)
+
+
+def test_faults_are_named():
+    with pytest.raises(ValueError, match=r"inputs\.image\.size is 64.*tower reads 32"):
+        Cfir(CfirConfig(TINY, inputs=Inputs(image=ImageSpec(size=64))), nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"inputs\.text\.length is 77.*at most 14"):
+        Cfir(CfirConfig(TINY, inputs=Inputs(image=ImageSpec(size=32))), nnx.Rngs(0))
+    model = golden_cfir()
+    with pytest.raises(ValueError, match=r"needs `text`; this one has \['image'\]"):
+        model.query({"image": pictures()})
+    with pytest.raises(ValueError, match="20 tokens do not fit 14 positions"):
+        model.query({"text": np.ones((1, 20), np.int32), "text_mask": np.ones((1, 20), bool)})
+    with pytest.raises(ValueError, match=r"pictures are \(16, 16, 3\)"):
+        model.item({"image": np.zeros((1, 16, 16, 3), np.float32)})
+    several = {"text": IDS[:, None], "text_mask": MASK[:, None]}
+    with pytest.raises(ValueError, match="one text per query"):
+        model.loss({"query": several, "item": batch()["item"]}, jax.random.key(0))

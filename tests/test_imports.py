@@ -1,0 +1,56 @@
+"""Who may import what: the arrows of the architecture, read from the source."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "cir_jax"
+FILES = sorted(PACKAGE.rglob("*.py"))
+ONLY_IN = {  # library -> the one file that knows it
+    "orbax": "checkpoint.py",
+    "scann": "scann_index.py",
+    "grain": "data/pipeline.py",
+    "PIL": "data/images.py",
+}
+NEVER = {"torch", "tensorflow", "transformers", "cv2"}
+FORBIDDEN = {  # part of the package -> parts it must not know
+    "encoders": {"methods", "data", "train", "eval", "model", "checkpoint", "config", "sharding"},
+    "methods": {"train", "eval", "model", "checkpoint", "sharding", "index", "retrieval"},
+    "data": {"encoders", "methods", "train", "eval", "model", "checkpoint", "index", "retrieval"},
+    "losses.py": {"encoders", "methods", "data", "train"},
+    "index.py": {"encoders", "methods", "train", "eval", "model", "retrieval"},
+}
+
+
+def imported(path: Path) -> set[str]:
+    """Dotted names that a file imports anywhere, `from a import b` as `a.b`."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def name(path: Path) -> str:
+    return path.relative_to(PACKAGE).as_posix()
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_libraries_are_known_in_one_place(path):
+    roots = {dotted.split(".")[0] for dotted in imported(path) if not dotted.startswith("cir_jax")}
+    assert not roots & NEVER
+    # The builder of the built-in pictures pastes them with Pillow itself; it is not part of the running program.
+    builder = name(path) == "data/emoji_v1/build.py"
+    for library, home in ONLY_IN.items():
+        assert library not in roots or name(path) == home or (builder and library == "PIL")
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_arrows_point_one_way(path):
+    part = name(path).split("/")[0]
+    known = {d.split(".")[1] for d in imported(path) if d.startswith("cir_jax.")}
+    assert not known & FORBIDDEN.get(part, set())
