@@ -54,6 +54,15 @@ def _with_vocabulary(config, folder: Path):
     return replace(config, inputs=replace(config.inputs, text=text))
 
 
+def _alone() -> ocp.StandardCheckpointer:
+    """A checkpointer that waits for no other process: models are written by one and read by each for itself."""
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"p{me}"
+    )
+    return ocp.StandardCheckpointer(multiprocessing_options=alone)
+
+
 def save_model(folder: str | os.PathLike, config, params, *, dtype="float32", about=None) -> str:
     """Write a model and return its fingerprint.
 
@@ -70,7 +79,7 @@ def save_model(folder: str | os.PathLike, config, params, *, dtype="float32", ab
             copy = part / Path(vocabulary).name
             shutil.copyfile(vocabulary, copy)
             sums[copy.name] = files.sha256(copy)
-        with ocp.StandardCheckpointer() as checkpointer:
+        with _alone() as checkpointer:
             checkpointer.save((part / "params").absolute(), params)
         sums |= {
             str(path.relative_to(part)): files.sha256(path)
@@ -107,7 +116,7 @@ def read_model(folder: str | os.PathLike):
     config = from_json(METHODS[manifest["method"]][0], manifest["config"])
     config = _with_vocabulary(config, folder)
     graph, shapes = abstract_params(config)
-    with ocp.StandardCheckpointer() as checkpointer:
+    with _alone() as checkpointer:
         dtype = np.dtype(manifest["dtype"])
         place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         target = jax.tree.map(

@@ -68,7 +68,8 @@ class Experiment(Generic[MethodConfig]):
     """Everything a training run needs.
 
     `evals` are benchmarks as `name/variant/split`; the checkpoint with the best mean of `best` over them is kept.
-    `init` maps a parameter prefix to a checkpoint it starts from; the prefix "" is the whole model.
+    `init` maps a parameter prefix to the checkpoint it starts from, the prefix "" being the whole model, or the path of
+    one parameter to an `.npy` file.
     """
 
     method: MethodConfig

@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding
 from cir_jax import sharding
 from cir_jax.checkpoint import read_model
 from cir_jax.data.inputs import prepare_batch, shorten
+from cir_jax.methods import METHODS, method_name
 
 PACKAGED = Path(__file__).resolve().parent / "weights"
 
@@ -61,7 +62,7 @@ class Model:
         mesh = sharding.make_mesh(devices=jax.local_devices())
         params = jax.device_put(self.params, sharding.replicated(mesh))
         out = np.zeros((len(examples), 0), np.float32)
-        for rows, batch in _batches(part, examples, batch_size, self.config.inputs):
+        for rows, batch in _batches(part, examples, batch_size, self.config):
             vectors = self._encode_batch(params, part, batch, mesh)
             if not out.shape[1]:
                 out = np.zeros((len(examples), vectors.shape[1]), np.float32)
@@ -79,35 +80,39 @@ class Model:
         return np.asarray(_encode(self.graph, params, part, batch))[:n]
 
 
-def as_example(part: str, value) -> Mapping:
-    """A raw example as a mapping; see `Model.encode` for what may stand in for one."""
+def as_example(part: str, value, kinds: Sequence[set[str]]) -> Mapping:
+    """A raw example as a mapping of one of the `kinds`; see `Model.encode` for what may stand in for one."""
     if isinstance(value, Mapping):
         example = {k: v for k, v in value.items() if k in ("image", "text") and v is not None}
     elif part == "query" and isinstance(value, str):
         example = {"text": value}
     else:
         example = {"image": value}
-    if not example or (part == "item" and "image" not in example):
-        wanted = "`text`, `image` or both" if part == "query" else "`image`"
-        raise ValueError(f"a {part} needs {wanted}; this one has {sorted(value) or 'nothing'}")
-    return {"image": example["image"]} if part == "item" else example
+    if part == "item":
+        example = {k: v for k, v in example.items() if k == "image"}
+    if set(example) not in kinds:
+        wanted = ", or ".join(" and ".join(sorted(kind)) for kind in kinds)
+        found = " and ".join(sorted(example)) or "neither text nor image"
+        raise ValueError(f"a {part} of this model consists of {wanted}; this one has {found}")
+    return example
 
 
-def _batches(part, examples, batch_size, inputs):
+def _batches(part, examples, batch_size, config):
     """(rows, arrays) of examples that have the same parts, at most `batch_size` at a time.
 
     Examples are read once, in order; those of another kind than the current batch start the next one.
     """
+    kinds = METHODS[method_name(config)][1].query_kinds if part == "query" else ({"image"},)
     rows, waiting = [], []
     for row in range(len(examples)):
-        example = as_example(part, examples[row])
+        example = as_example(part, examples[row], kinds)
         if waiting and (len(waiting) == batch_size or waiting[0].keys() != example.keys()):
-            yield rows, prepare_batch(waiting, inputs)
+            yield rows, prepare_batch(waiting, config.inputs)
             rows, waiting = [], []
         rows.append(row)
         waiting.append(example)
     if waiting:
-        yield rows, prepare_batch(waiting, inputs)
+        yield rows, prepare_batch(waiting, config.inputs)
 
 
 def find_model(name: str | os.PathLike) -> Path:

@@ -8,6 +8,7 @@ import re
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -78,3 +79,10 @@ def put_batch(batch, mesh: jax.sharding.Mesh):
     """This process's rows of a batch as global arrays, rows spread over `data` and `fsdp`."""
     place = NamedSharding(mesh, BATCH)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(place, x), batch)
+
+
+def gather(tree):
+    """The whole arrays of a tree as numpy, in every process."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import tyro
 
-from cir_jax import files
+from cir_jax import files, processes
 from cir_jax.config import Experiment, load_config, packaged_configs, to_json
 from cir_jax.progress import progress
 
@@ -24,9 +24,7 @@ class Log:
 
     def __call__(self, step: int, values: Mapping[str, float]) -> None:
         """Write one record; a record with a loss also gets the rows per second since the one before."""
-        import jax
-
-        if jax.process_index():
+        if not processes.first():
             return
         now = time.monotonic()
         record = {"step": step, "seconds": round(now - self.start, 1)}
@@ -82,34 +80,34 @@ def make_init(config: Experiment, tx) -> Callable:
     return init
 
 
-def warm_start(state, init: Mapping[str, str]):
-    """The first state with the parts that `init` (parameter prefix -> checkpoint) names taken from trained models."""
-    import jax
-    import jax.numpy as jnp
+def read_start(prefix: str, source: str) -> dict:
+    """Parameters by path that an entry of `init` offers: a model under a prefix, or one parameter as `.npy`."""
+    import numpy as np
     from flax import traverse_util
 
     from cir_jax.model import load
 
+    if Path(source).suffix == ".npy":
+        return {prefix: np.load(source, allow_pickle=False).astype(np.float32)}
+    theirs = traverse_util.flatten_dict(load(source).params, sep="/")
+    return {f"{prefix}/{name}" if prefix else name: x for name, x in theirs.items()}
+
+
+def warm_start(state, init: Mapping[str, str]):
+    """The first state with the parts that `init` names taken from elsewhere (`read_start`)."""
+    import jax
+    from flax import traverse_util
+
     for prefix, source in init.items():
-        theirs = traverse_util.flatten_dict(load(source).params, sep="/")
-        named = {f"{prefix}/{name}" if prefix else name: x for name, x in theirs.items()}
-        unused = dict(named)
+        unused = read_start(prefix, source)
         for part in ("params", "frozen"):
             flat = traverse_util.flatten_dict(state[part], sep="/")
-            fits = {
-                name
-                for name in unused.keys() & flat.keys()
-                if flat[name].shape == unused[name].shape
-            }
-            flat |= {
-                name: jax.device_put(jnp.asarray(unused.pop(name)), flat[name].sharding)
-                for name in fits
-            }
+            fits = {n for n in unused.keys() & flat.keys() if flat[n].shape == unused[n].shape}
+            flat |= {name: jax.device_put(unused.pop(name), flat[name].sharding) for name in fits}
             state[part] = traverse_util.unflatten_dict(flat, sep="/")
         if unused:
-            raise ValueError(
-                f"init {prefix!r}: {source} does not fit the model at {', '.join(sorted(unused)[:5])}"
-            )
+            named = ", ".join(sorted(unused)[:5])
+            raise ValueError(f"init {prefix!r}: {source} does not fit the model at {named}")
     return state
 
 
@@ -145,15 +143,14 @@ class Best:
 
     def consider(self, state, step: int) -> dict[str, float]:
         """Metrics of a state on every benchmark of `evals`; the state is kept if their mean is the best so far."""
-        import jax
         import numpy as np
 
-        from cir_jax import optim
+        from cir_jax import optim, sharding
         from cir_jax.checkpoint import save_model
         from cir_jax.eval import measure
         from cir_jax.model import Model
 
-        params = jax.device_get(optim.join(state["params"], state["frozen"]))
+        params = sharding.gather(optim.join(state["params"], state["frozen"]))
         model = Model(self.config.method, self.graph, params)
         results = {name: measure(model, name) for name in self.config.evals}
         score = (
@@ -164,7 +161,7 @@ class Best:
         metrics = {
             f"{name}/{metric}": value for name, r in results.items() for metric, value in r.items()
         }
-        if score > self.score and jax.process_index() == 0:
+        if score > self.score and processes.first():
             about = {
                 "step": step,
                 "score": score,
@@ -187,7 +184,8 @@ class Best:
     def publish(self) -> Path:
         """Give the best model its final name."""
         folder = self.workdir / "model"
-        self.kept()[-1].rename(folder)
+        if processes.first():
+            self.kept()[-1].rename(folder)
         return folder
 
 
@@ -343,11 +341,14 @@ def parse(argv: list[str] | None) -> tuple[Experiment, Path]:
 
 def main(argv: list[str] | None = None) -> None:
     config, workdir = parse(argv)
+    processes.join()
     prepare_workdir(config, workdir)
     if (workdir / "model").exists():
         print(f"{workdir / 'model'} is finished; choose another --workdir to train again")
         return
-    print(f"the best model is {train(config, workdir)}")
+    folder = train(config, workdir)
+    if processes.first():
+        print(f"the best model is {folder}")
 
 
 if __name__ == "__main__":

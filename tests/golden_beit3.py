@@ -1,4 +1,4 @@
-"""Weights by formula under the original's names, and their places in `cir_jax.methods.cfir` (cfir.md 2.2 and 2.5)."""
+"""Weights by formula under the original's names, and their places in `Cfir` (cfir.md 2.2, 2.5)."""
 
 import jax
 import numpy as np
@@ -160,7 +160,7 @@ def _block(t, layer, tower, config):
         "ln2": _norm(t, f"{layer}.final_layer_norm.{e}"),
         "mlp": _feed(t, f"{layer}.ffn.{e}"),
     }
-    if config.adapter is not None and tower in config.adapter.towers:
+    if tower in config.adapter.towers:
         name = f"{layer}.{ADAPTERS[tower]}"
         block["adapter"] = {
             "down": _linear(t, f"{name}.down_proj"),

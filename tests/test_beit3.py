@@ -1,6 +1,7 @@
-"""BEiT-3 and CFIR against numbers computed with the original code (weights and inputs by formula; cfir.md 2.5)."""
+"""BEiT-3 and CFIR against numbers computed with the original code (cfir.md 2.4 and 2.5)."""
 
 import dataclasses
+import json
 
 import golden_beit3 as golden
 import jax
@@ -10,6 +11,7 @@ import pytest
 from flax import nnx
 
 from cir_jax.checkpoint import abstract_params
+from cir_jax.config import from_json, to_json
 from cir_jax.data.images import ImageSpec
 from cir_jax.data.inputs import Inputs
 from cir_jax.data.text import TextSpec
@@ -19,12 +21,15 @@ from cir_jax.encoders.beit3 import (
     Adapter,
     AdapterConfig,
     Beit3Config,
+    ImageTower,
     joint,
     resize_positions,
 )
 from cir_jax.methods.cfir import Cfir, CfirConfig
 from cir_jax.optim import count
 
+BOTH = ("image", "text")
+OPTIONS = {"dtype": "float32", "remat": True}
 TINY = Beit3Config(size=32, vocabulary=40, length=14, width=16, layers=2, heads=4, hidden=32)
 IDS = np.array([[0, 5, 6, 7, 2, 1], [0, 9, 2, 1, 1, 1]], np.int32)
 MASK = np.array([[1, 1, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0]], bool)
@@ -52,12 +57,12 @@ TEXT = {
 }
 COSINES = ((-0.280297, -0.181402), (0.182787, 0.027468))
 LOSS = 1.548666
-# The printed digits are those of a float32 run of the original. Sums over a patch (768 products) and over the joint
-# sequence are off by 2.2e-6 and 1.5e-6 in it; everything else agrees with float64 to 1e-6.
+# The printed digits are those of a float32 run of the original. In it, sums over a patch (768
+# products) and over the joint sequence are off by 2.2e-6 and 1.5e-6; all else agrees to 1e-6.
 OF_FLOAT32 = 3e-6
 # towers with adapters -> first values of picture 0 and text 0
 ADAPTED = {
-    ("image", "text"): (
+    BOTH: (
         (-0.037953, 0.003921, 0.161184, 0.380113),
         (0.302106, 0.598992, 0.301015, -0.027072),
     ),
@@ -84,7 +89,7 @@ def with_tensors(config, tensors, dtype):
 
 def golden_cfir(dtype=np.float32, encoder=TINY, **changes):
     tensors = golden.filled(golden.shapes(encoder))
-    if encoder.adapter:
+    if encoder.adapter.towers:
         tensors |= golden.filled_adapters(golden.adapter_shapes(encoder))
     if encoder.enhancer:
         tensors |= golden.filled_enhancer(golden.enhancer_shapes(encoder))
@@ -163,7 +168,7 @@ def test_features_cosines_and_loss(precision):
 @pytest.mark.parametrize("towers", ADAPTED, ids="+".join)
 def test_adapters(precision, towers):
     dtype, tolerance = precision
-    adapter = AdapterConfig(towers=towers, width=4)
+    adapter = AdapterConfig(towers, width=4)
     model = golden_cfir(dtype, dataclasses.replace(TINY, adapter=adapter))
     image, text = ADAPTED[towers]
     check(model.item(batch(dtype)["item"])[0], image, tolerance)
@@ -244,7 +249,7 @@ def test_size_of_the_published_models(encoder, keys, parameters):
 
 
 def test_size_with_adapters_and_enhancer():
-    encoder = dataclasses.replace(BEIT3_BASE, adapter=AdapterConfig(), enhancer=128)
+    encoder = dataclasses.replace(BEIT3_BASE, adapter=AdapterConfig(BOTH), enhancer=128)
     tables = golden.shapes(encoder), golden.adapter_shapes(encoder), golden.enhancer_shapes(encoder)
     assert sum(map(len, tables)) == 734
     config = CfirConfig(encoder=encoder, inputs=Inputs(image=ImageSpec(size=encoder.size)))
@@ -276,7 +281,7 @@ def test_initial_values():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"drop_path": 0.5}, {"adapter": AdapterConfig(width=4, dropout=0.5)}], ids=str
+    "changes", [{"drop_path": 0.5}, {"adapter": AdapterConfig(BOTH, width=4, dropout=0.5)}], ids=str
 )
 def test_a_key_drops_at_random_and_none_does_not(changes):
     model = golden_cfir(encoder=dataclasses.replace(TINY, **changes))
@@ -292,6 +297,12 @@ def test_a_key_without_rates_changes_nothing():
     model = golden_cfir()
     item = batch()["item"]
     np.testing.assert_array_equal(model.item(item, jax.random.key(1)), model.item(item))
+
+
+def test_config_with_an_adapter_round_trips_through_json():
+    encoder = dataclasses.replace(TINY, adapter=AdapterConfig(towers=("text",), scale=None))
+    config = config_of(encoder)
+    assert from_json(CfirConfig, json.loads(json.dumps(to_json(config)))) == config
 
 
 def test_largest_scale():
@@ -346,6 +357,9 @@ def test_faults_are_named():
         model.query({"text": np.ones((1, 20), np.int32), "text_mask": np.ones((1, 20), bool)})
     with pytest.raises(ValueError, match=r"pictures are \(16, 16, 3\)"):
         model.item({"image": np.zeros((1, 16, 16, 3), np.float32)})
+    bare = ImageTower(dataclasses.replace(TINY, mask_token=False), **OPTIONS, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="no mask token"):
+        bare.embed(pictures(), np.ones((2, 4), bool))
     several = {"text": IDS[:, None], "text_mask": MASK[:, None]}
     with pytest.raises(ValueError, match="one text per query"):
         model.loss({"query": several, "item": batch()["item"]}, jax.random.key(0))

@@ -147,7 +147,7 @@ def test_batches_do_not_depend_on_the_number_of_processes(tiny_experiment):
         return [[next(stream) for stream in streams] for _ in range(3)]
 
     for one, four in zip(global_batches(1), global_batches(4)):
-        merged = jax.tree.map(lambda *x: np.stack(x, 1).reshape(-1, *x[0].shape[1:]), *four)
+        merged = jax.tree.map(lambda *x: np.concatenate(x), *four)
         jax.tree.map(np.testing.assert_array_equal, one[0], merged)
 
 
@@ -202,3 +202,26 @@ def test_schedule_warms_up_and_ends_at_zero():
 def test_unknown_data_set_is_one_clear_error():
     with pytest.raises(ValueError, match="emoji-text"):
         training_set(Data("emoji-txet"))
+
+
+@pytest.mark.slow
+def test_two_processes_train_like_one(config, finished, tmp_path):
+    """The launcher, two processes with four devices each, the same losses and one model."""
+    launcher = Path(__file__).resolve().parents[1] / "launch" / "local.sh"
+    command = [
+        launcher,
+        "2",
+        sys.executable,
+        "-m",
+        "cir_jax.train",
+        config,
+        "--workdir",
+        tmp_path / "two",
+    ]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    one, two = losses(finished), losses(tmp_path / "two")
+    assert one.keys() == two.keys()
+    np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=1e-4)
+    for ours, theirs in zip(parameters(tmp_path / "two"), parameters(finished)):
+        np.testing.assert_allclose(ours, theirs, atol=1e-3)

@@ -32,16 +32,31 @@ def _example(raw: Mapping, rng: np.random.Generator, inputs: Inputs, augmented: 
     return example
 
 
+class _Part:
+    """One process's rows of an endless data set, so that all processes' rows in turn are the global batches."""
+
+    def __init__(self, rows, start: int, batch_size: int, process: int, processes: int):
+        self.rows, self.start, self.batch_size = rows, start, batch_size
+        self.mine, self.first = batch_size // processes, process * (batch_size // processes)
+
+    def __len__(self) -> int:
+        return len(self.rows) // self.batch_size * self.mine
+
+    def __getitem__(self, number: int):
+        step, row = divmod(number, self.mine)
+        return self.rows[(self.start + step) * self.batch_size + self.first + row]
+
+
 def _stream(
     dataset: Dataset, inputs: Inputs, *, seed, batch_size, start, process, processes, augmented
 ):
     """Batches of one data set, from its own batch number `start` on."""
     transform = lambda raw, rng: _example(raw, rng, inputs, augmented)
+    # The transform belongs to the endless data set: its random numbers are the row's, whoever computes it.
     rows = grain.MapDataset.source(dataset).seed(seed).shuffle().repeat(None).random_map(transform)
-    # The transform comes before the slice: its random numbers then belong to the row, whoever computes it.
-    rows = rows[start * batch_size + process :: processes]
+    part = grain.MapDataset.source(_Part(rows, start, batch_size, process, processes))
     options = grain.ReadOptions(num_threads=4, prefetch_buffer_size=256)
-    return iter(rows.to_iter_dataset(options).batch(batch_size // processes, drop_remainder=True))
+    return iter(part.to_iter_dataset(options).batch(batch_size // processes, drop_remainder=True))
 
 
 def turns(weights: Sequence[int]) -> list[int]:

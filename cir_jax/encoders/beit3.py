@@ -1,8 +1,9 @@
-"""BEiT-3 (Wang et al. 2022; microsoft/unilm `beit3`, torchscale's multiway encoder), any size by config.
+"""BEiT-3 (Wang et al. 2022; microsoft/unilm `beit3`, torchscale's multiway encoder), any size.
 
-A multiway transformer keeps two experts of everything with parameters: one reads pictures, one reads text, and only
-attention can join them. Here each expert is a tower of its own, so that retrieval computes exactly one of them. Blocks
-are pre-norm with a second norm inside each half (sub-LayerNorm), exact GELU, epsilon 1e-5.
+A multiway transformer keeps two experts of everything with parameters: one reads pictures, one
+reads text, and only attention can join them. Here each expert is a tower of its own, so that
+retrieval computes exactly one of them. Blocks are pre-norm with a second norm inside each half
+(sub-LayerNorm), exact GELU, epsilon 1e-5.
 """
 
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from cir_jax.encoders import vit
 from cir_jax.encoders.layers import (
     Attention,
     Dtype,
+    Initial,
     Linear,
     Mlp,
     drop_path,
@@ -34,10 +36,8 @@ from cir_jax.encoders.layers import (
 )
 
 EPSILON = 1e-5
-# Both position tables begin with two rows that nothing reads; original: torchscale, a habit of fairseq.
+# Both position tables begin with two rows that nothing reads. original: torchscale, after fairseq
 UNREAD = 2
-# The pre-trained weights overwrite it; torchscale's gains for sub-LayerNorm are erased by BEiT-3's own wrapper.
-INITIAL = truncated(0.02)
 
 Tower = Literal["image", "text"]
 
@@ -47,14 +47,14 @@ class AdapterConfig:
     """A bottleneck beside the feed-forward half of every block, added to its result.
 
     Attributes:
-      towers: which towers have it.
+      towers: which towers have it; empty for none.
       width: of the bottleneck.
       scale: factor of the result; None learns it, starting at 1.
       norm: LayerNorm before ("in") or behind ("out") the bottleneck.
       dropout: inside the bottleneck, only where a key is given.
     """
 
-    towers: tuple[Tower, ...] = ("image", "text")
+    towers: tuple[Tower, ...] = ()
     width: int = 64
     scale: float | None = 0.3
     norm: Literal["none", "in", "out"] = "none"
@@ -74,11 +74,16 @@ class Beit3Config:
       layers: in each tower.
       heads: of the attention.
       hidden: width of the feed-forward half.
-      drop_path: share of rows that skip a residual branch in the last block of a training step; grows linearly from 0
-        in the first.
-      mask_token: a token that stands for hidden patches. Retrieval never reads it; the original's checkpoints have it.
-      adapter: bottlenecks beside the feed-forward halves; None for none.
-      enhancer: hidden width of a further feed-forward half behind each block; 0 for none, CFIR's is 128.
+      drop_path: share of rows that skip a residual branch in the last block of a training step;
+        grows linearly from 0 in the first.
+      mask_token: a token that stands for hidden patches. Retrieval never reads it; the original's
+        checkpoints have it.
+      adapter: bottlenecks beside the feed-forward halves, by default none.
+      enhancer: hidden width of a further feed-forward half behind each block; 0 for none, CFIR's
+        is 128.
+      initial: first values. "original" expects weights to be loaded over it: beside its large
+        positions nearly nothing of the input reaches the output, and training from it hardly
+        begins. "scratch" has larger kernels and smaller positions.
     """
 
     size: int = 224
@@ -91,8 +96,14 @@ class Beit3Config:
     hidden: int = 3072
     drop_path: float = 0.0
     mask_token: bool = True
-    adapter: AdapterConfig | None = None
+    adapter: AdapterConfig = AdapterConfig()
     enhancer: int = 0
+    initial: Literal["original", "scratch"] = "original"
+
+    def kernels(self) -> Initial | None:
+        """The `std` of linear layers."""
+        # original: torchscale's gains for sub-LayerNorm are erased by BEiT-3's own wrapper
+        return truncated(0.02) if self.initial == "original" else None
 
 
 BEIT3_BASE = Beit3Config()
@@ -102,10 +113,10 @@ BEIT3_LARGE = Beit3Config(width=1024, layers=24, heads=16, hidden=4096)
 class Adapter(nnx.Module):
     """`[B, N, width]` -> what is added to it."""
 
-    def __init__(self, width, config: AdapterConfig, *, dtype: Dtype, rngs):
+    def __init__(self, width, config: AdapterConfig, *, std=None, dtype: Dtype, rngs):
         self.config = config
-        self.down = Linear(width, config.width, std=INITIAL, dtype=dtype, rngs=rngs)
-        # Zero, so that an adapter starts as nothing; original: CFIR means it so, but overwrites it with noise.
+        self.down = Linear(width, config.width, std=std, dtype=dtype, rngs=rngs)
+        # original: CFIR means adapters to start as nothing too, but overwrites this with noise
         self.up = Linear(config.width, width, std=0.0, dtype=dtype, rngs=rngs)
         self.ln = None if config.norm == "none" else layer_norm(width, rngs, EPSILON)
         self.scale = nnx.Param(jnp.ones(())) if config.scale is None else None
@@ -121,21 +132,16 @@ class Block(nnx.Module):
     """One layer of one expert."""
 
     def __init__(self, config: Beit3Config, tower: Tower, *, dtype: Dtype, rngs):
-        width, adapter = config.width, config.adapter
-        adapted = adapter is not None and tower in adapter.towers
-        options = {
-            "std": INITIAL,
-            "out_std": INITIAL,
-            "norm": EPSILON,
-            "dtype": dtype,
-            "rngs": rngs,
-        }
+        width, std = config.width, config.kernels()
+        common = {"std": std, "dtype": dtype, "rngs": rngs}
+        options = {**common, "out_std": std, "norm": EPSILON}
+        adapted = tower in config.adapter.towers
         feed = lambda hidden: Mlp(width, hidden, activation="gelu", **options)
         self.ln1 = layer_norm(width, rngs, EPSILON)
         self.attention = Attention(width, config.heads, **options)
         self.ln2 = layer_norm(width, rngs, EPSILON)
         self.mlp = feed(config.hidden)
-        self.adapter = Adapter(width, adapter, dtype=dtype, rngs=rngs) if adapted else None
+        self.adapter = Adapter(width, config.adapter, **common) if adapted else None
         self.enhancer = feed(config.enhancer) if config.enhancer else None
 
     def feed(self, x, key=None, rate=0.0, adapt=True):
@@ -147,7 +153,7 @@ class Block(nnx.Module):
         return x if self.enhancer is None else x + self.enhancer(x)
 
     def __call__(self, x, mask, key=None, rate=0.0, first=False):
-        """x `[B, N, D]`, mask as in `Attention`; `first` computes position 0 only, as `[B, 1, D]`."""
+        """x `[B, N, D]`, mask as in `Attention`; `first` computes position 0 only, `[B, 1, D]`."""
         normed = self.ln1(x)
         asking = normed[:, :1] if first else normed
         mixed = self.attention(asking, normed, mask)
@@ -160,7 +166,8 @@ class Expert(nnx.Module):
 
     def __init__(self, config: Beit3Config, tower: Tower, positions, *, dtype: Dtype, remat, rngs):
         self.config, self.remat = config, remat
-        self.positions = normal(rngs, (UNREAD + positions, config.width), 1.0)
+        std = 1.0 if config.initial == "original" else 0.02
+        self.positions = normal(rngs, (UNREAD + positions, config.width), std)
         make = lambda rngs: Block(config, tower, dtype=dtype, rngs=rngs)
         self.blocks = stack(make, config.layers, rngs)
         self.ln_final = layer_norm(config.width, rngs, EPSILON)
@@ -185,7 +192,7 @@ class Expert(nnx.Module):
 
     def _options(self, key):
         config = self.config
-        active = config.drop_path or (config.adapter is not None and config.adapter.dropout)
+        active = config.drop_path or (config.adapter.towers and config.adapter.dropout)
         key = key if active else None
         rates = None if key is None else jnp.linspace(0, config.drop_path, config.layers)
         return {"each": (layer_keys(key, config.layers), rates), "remat": self.remat}
@@ -214,17 +221,22 @@ class ImageTower(nnx.Module):
         self.expert = Expert(config, "image", tokens, dtype=dtype, remat=remat, rngs=rngs)
 
     def embed(self, images: jax.Array, hidden: jax.Array | None = None) -> jax.Array:
-        """Class token and patches without positions, `[B, 1 + P, D]`; patches in `hidden` `[B, P]` become `mask_token`."""
+        """Class token and patches without positions, `[B, 1 + P, D]`.
+
+        Patches where `hidden` `[B, P]` is True become `mask_token`.
+        """
         if images.shape[1:] != (self.config.size, self.config.size, 3):
             raise ValueError(
-                f"pictures are {images.shape[1:]}, the tower reads {(self.config.size,) * 2 + (3,)}; "
-                "set inputs.image.size to the size of the tower"
+                f"pictures are {images.shape[1:]}, the tower reads "
+                f"{(self.config.size, self.config.size, 3)}; set inputs.image.size to that size"
             )
         width = self.config.width
         kernel = self.patch_kernel[...].reshape(-1, width)
         x = product("bnp,pw->bnw", patches(images, self.config.patch), kernel, self.dtype)
         x = x + self.patch_bias[...]
         if hidden is not None:
+            if self.mask_token is None:
+                raise ValueError("this tower has no mask token; set mask_token to hide patches")
             x = jnp.where(hidden[:, :, None], self.mask_token[...], x)
         first = jnp.broadcast_to(self.class_token[...], (len(x), 1, width)).astype(x.dtype)
         return jnp.concatenate([first, x], axis=1)
@@ -239,7 +251,7 @@ class ImageTower(nnx.Module):
 
 
 class TextTower(nnx.Module):
-    """Token ids `[B, L]` and their mask (True = a token, not padding); the start token is position 0."""
+    """Token ids `[B, L]` and their mask (True = a token); the start token is position 0."""
 
     def __init__(self, config: Beit3Config, *, dtype: Dtype, remat: bool, rngs):
         width = config.width
@@ -260,9 +272,10 @@ class TextTower(nnx.Module):
 
 
 def joint(image: ImageTower, text: TextTower, images, ids, mask) -> jax.Array:
-    """A picture and a text read together, `[B, 1 + P + L, D]`: every token attends to all, each expert does the rest.
+    """A picture and a text read together, `[B, 1 + P + L, D]`.
 
-    Retrieval never does this; it is here because checkpoints are made with it. Adapters stay out of it, as in CFIR.
+    Every token attends to all, each expert does the rest. Retrieval never does this; it is here
+    because checkpoints are made with it. Adapters stay out of it, as in CFIR.
     """
     seen = image.expert.placed(image.embed(images))
     count = seen.shape[1]
@@ -299,8 +312,8 @@ def _each(functions, x, count):
 
 
 def resize_positions(table: jax.Array, grid: int) -> jax.Array:
-    """The position table of pictures for another number of patches: `[UNREAD + 1 + grid * grid, D]`.
+    """The position table of pictures for another grid, `[UNREAD + 1 + grid * grid, D]`.
 
-    original: `beit3/modeling_utils` on load; as in `vit.resize_positions`, and the unread rows stay too.
+    As `vit.resize_positions`; the unread rows stay too.
     """
     return jnp.concatenate([table[:UNREAD], vit.resize_positions(table[UNREAD:], grid)])

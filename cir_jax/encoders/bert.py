@@ -14,6 +14,7 @@ from cir_jax.encoders.layers import (
     Attention,
     Dtype,
     Mlp,
+    base_std,
     dropout,
     layer_keys,
     layer_norm,
@@ -77,7 +78,12 @@ class Branch(nnx.Module):
 
     def __init__(self, config: BertConfig, *, dtype: Dtype, rngs):
         width, self.dropout = config.width, config.dropout
-        std = {"std": 0.02, "out_std": 0.02, "dropout": config.dropout, "dtype": dtype}
+        std = {
+            "std": base_std(width),
+            "out_std": base_std(width),
+            "dropout": config.dropout,
+            "dtype": dtype,
+        }
         self.attention = Attention(width, config.heads, **std, rngs=rngs)
         self.ln1 = layer_norm(width, rngs, EPSILON)
         looks, std["kv_width"] = config.image_width > 0, config.image_width
@@ -119,8 +125,9 @@ class Block(nnx.Module):
 
 def feed_forward(config: BertConfig, *, dtype: Dtype, rngs) -> Mlp:
     """The second half of a layer, without residual and norm."""
-    std = {"std": 0.02, "out_std": 0.02, "dtype": dtype}
-    return Mlp(config.width, config.hidden, activation="gelu", **std, rngs=rngs)
+    std = base_std(config.width)
+    options = {"std": std, "out_std": std, "dtype": dtype, "rngs": rngs}
+    return Mlp(config.width, config.hidden, activation="gelu", **options)
 
 
 class Bert(nnx.Module):

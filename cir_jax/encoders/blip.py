@@ -14,6 +14,7 @@ from cir_jax.encoders.bert import EPSILON, BertConfig, Branch, Embeddings, feed_
 from cir_jax.encoders.layers import (
     Dtype,
     Linear,
+    base_std,
     dropout,
     layer_keys,
     layer_norm,
@@ -40,7 +41,11 @@ class TwoBranchBlock(nnx.Module):
         self.fused = Branch(config, dtype=dtype, rngs=rngs)
         self.text = Branch(config, dtype=dtype, rngs=rngs)
         width, self.dropout = config.width, config.dropout
-        self.merge = Linear(2 * width, width, std=0.02, dtype=dtype, rngs=rngs) if linear else None
+        self.merge = (
+            Linear(2 * width, width, std=base_std(width), dtype=dtype, rngs=rngs)
+            if linear
+            else None
+        )
         self.mlp = feed_forward(config, dtype=dtype, rngs=rngs)
         self.ln3 = layer_norm(width, rngs, EPSILON)
 

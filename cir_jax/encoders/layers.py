@@ -42,6 +42,11 @@ def truncated(std: float) -> Initial:
     return lambda key, shape: std * jax.random.truncated_normal(key, -1.0, 1.0, shape)
 
 
+def base_std(width: int) -> float:
+    """The initial standard deviation 0.02 of BERT's and ViT's base models, for layers of another width."""
+    return 0.02 * (768 / width) ** 0.5
+
+
 def layer_norm(width: int, rngs: nnx.Rngs, epsilon: float = 1e-5) -> nnx.LayerNorm:
     """Flax's defaults for epsilon and variance differ from PyTorch's; both are set here, once."""
     return nnx.LayerNorm(width, epsilon=epsilon, use_fast_variance=False, rngs=rngs)

@@ -13,6 +13,7 @@ from cir_jax.encoders.layers import (
     Attention,
     Dtype,
     Mlp,
+    base_std,
     drop_path,
     layer_keys,
     layer_norm,
@@ -51,7 +52,7 @@ class Block(nnx.Module):
     """Pre-norm transformer block."""
 
     def __init__(self, width, heads, *, dtype: Dtype, rngs):
-        std = {"std": 0.02, "out_std": 0.02, "dtype": dtype}
+        std = {"std": base_std(width), "out_std": base_std(width), "dtype": dtype}
         self.ln1 = layer_norm(width, rngs, EPSILON)
         self.attention = Attention(width, heads, **std, rngs=rngs)
         self.ln2 = layer_norm(width, rngs, EPSILON)

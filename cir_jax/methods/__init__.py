@@ -18,8 +18,10 @@ class Retriever(Protocol):
     """Stage 1: queries and items become vectors whose inner product ranks.
 
     `query` gives unit rows `[B, D]`, or `([B, M, D], mask [B, M])` when one query asks several times; `item` gives
-    unit rows `[B, D]`. A larger score is better.
+    unit rows `[B, D]`. A larger score is better. `query_kinds` names the parts that a query may consist of.
     """
+
+    query_kinds: tuple[set[str], ...]
 
     def query(self, query: dict[str, jax.Array]) -> jax.Array: ...
 
@@ -35,6 +37,8 @@ class Reranker(Protocol):
     that each is computed once however many pairs it is part of. `score` takes queries `[B, …]` and for each its own
     candidates, items `[B, K, …]`, and gives `[B, K]`; a larger score is better.
     """
+
+    query_kinds: tuple[set[str], ...]
 
     def query(self, query: dict[str, jax.Array]) -> Tree: ...
 

@@ -5,19 +5,23 @@ candidates are the projected class tokens of BLIP's picture encoder.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from cir_jax import losses
+from cir_jax.data.images import ImageSpec
 from cir_jax.data.inputs import Inputs
 from cir_jax.data.text import tokenizer
 from cir_jax.encoders.bert import BLIP_BASE, Bert, BertConfig
 from cir_jax.encoders.blip import with_encode_token
 from cir_jax.encoders.layers import Dtype, Linear, subkey, unit
 from cir_jax.encoders.vit import VIT_B16_384, Vit, VitConfig
+
+# The pictures of BLIP base; which vocabulary the texts use is for the experiment to say.
+BLIP_INPUTS = Inputs(image=ImageSpec(size=VIT_B16_384.size))
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class BlipCirConfig:
     temperature_range: tuple[float, float] | None = None
     dtype: Dtype = "float32"
     remat: bool = True
-    inputs: Inputs = field(default_factory=Inputs)
+    inputs: Inputs = BLIP_INPUTS
 
     @classmethod
     def tiny(cls, inputs: Inputs) -> "BlipCirConfig":
@@ -90,6 +94,8 @@ class BlipCir(nnx.Module):
 
     A query of text alone is read without a picture and one of a picture alone like an item, both as in BLIP.
     """
+
+    query_kinds = ({"image", "text"}, {"text"}, {"image"})
 
     def __init__(self, config: BlipCirConfig, rngs: nnx.Rngs):
         check_towers(config)

@@ -3,7 +3,7 @@
 The text encoder reads the text and looks at the picture in every layer; a head says whether they belong together.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from cir_jax.encoders.bert import BLIP_BASE, Bert, BertConfig
 from cir_jax.encoders.blip import score_lists, score_pairs, with_encode_token
 from cir_jax.encoders.layers import Dtype, Linear, subkey, unit
 from cir_jax.encoders.vit import VIT_B16_384, Vit, VitConfig
-from cir_jax.methods.blip_cir import check_query, check_towers, tiny_towers
+from cir_jax.methods.blip_cir import BLIP_INPUTS, check_query, check_towers, tiny_towers
 
 # As in BLIP: the temperature stays in this range, and every negative keeps this much weight.
 TEMPERATURES = (0.001, 0.5)
@@ -31,7 +31,7 @@ class BlipItmConfig:
     embed: int = 256
     dtype: Dtype = "float32"
     remat: bool = True
-    inputs: Inputs = field(default_factory=Inputs)
+    inputs: Inputs = BLIP_INPUTS
 
     @classmethod
     def tiny(cls, inputs: Inputs) -> "BlipItmConfig":
@@ -45,6 +45,8 @@ class BlipItm(nnx.Module):
     The projections are those of BLIP's retrieval model (`blip_cir` has the same names); here they only choose hard
     negatives in training.
     """
+
+    query_kinds = ({"text"},)
 
     def __init__(self, config: BlipItmConfig, rngs: nnx.Rngs):
         check_towers(config)
@@ -107,15 +109,15 @@ class BlipItm(nnx.Module):
     def _matching(self, query, items, text_rows, image_rows, usable, key):
         """Mean cross-entropy and accuracy over right pairs and both kinds of wrong ones."""
         queries, rows = self.query(query, subkey(key, 4)), jnp.arange(len(usable))
-        text_rows = jnp.concatenate([rows, rows, text_rows])
-        image_rows = jnp.concatenate([rows, image_rows, rows])
-        take = lambda x, rows: x[rows]
-        chosen = jax.tree.map(lambda x: take(x, text_rows), queries)
-        scores = self._rows(chosen, take(items["tokens"], image_rows), subkey(key, 5))
-        sign = jnp.concatenate([jnp.ones_like(rows), -jnp.ones_like(rows), -jnp.ones_like(rows)])
-        weight = jnp.concatenate([jnp.ones_like(usable), usable, usable])
+        texts = jnp.concatenate([rows, rows, text_rows])
+        images = jnp.concatenate([rows, image_rows, rows])
+        queries = jax.tree.map(lambda x: jnp.take(x, texts, axis=0), queries)
+        scores = self._rows(queries, jnp.take(items["tokens"], images, axis=0), subkey(key, 5))
+        right = jnp.arange(len(scores)) < len(rows)
+        weight = right | jnp.tile(usable, 3)
+        signed = jnp.where(right, scores, -scores)
         mean = lambda x: (x * weight).sum() / weight.sum()
-        return mean(-jax.nn.log_sigmoid(sign * scores)), mean(sign * scores > 0)
+        return mean(-jax.nn.log_sigmoid(signed)), mean(signed > 0)
 
 
 def hard_negatives(

@@ -5,7 +5,7 @@ the other from the text. A small head scores what both found.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import jax
 from flax import nnx
@@ -22,7 +22,7 @@ from cir_jax.encoders.blip import (
 )
 from cir_jax.encoders.layers import Dtype, Linear, subkey
 from cir_jax.encoders.vit import VIT_B16_384, Vit, VitConfig
-from cir_jax.methods.blip_cir import check_query, check_towers, tiny_towers
+from cir_jax.methods.blip_cir import BLIP_INPUTS, check_query, check_towers, tiny_towers
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class BlipRerankConfig:
     fusion_dropout: bool = False
     dtype: Dtype = "float32"
     remat: bool = True
-    inputs: Inputs = field(default_factory=Inputs)
+    inputs: Inputs = BLIP_INPUTS
 
     @classmethod
     def tiny(cls, inputs: Inputs) -> "BlipRerankConfig":
@@ -66,6 +66,8 @@ class BlipRerank(nnx.Module):
     `fusion` is the text encoder of the stage I model; it reads the reference through the picture encoder of this
     one, so both stages must share theirs, as two copies of one BLIP do.
     """
+
+    query_kinds = ({"image", "text"},)
 
     def __init__(self, config: BlipRerankConfig, rngs: nnx.Rngs):
         check_towers(config)

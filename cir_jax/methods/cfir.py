@@ -1,7 +1,7 @@
-"""CFIR (Long et al. 2024, arXiv 2402.15276; GLA-IR/CFIR): documents find pictures, in two stages of one model.
+"""CFIR (Long et al. 2024, arXiv 2402.15276; GLA-IR/CFIR): documents find pictures, in two stages.
 
-BEiT-3 as a dual encoder. Stage 1 asks once for every entity of a document, stage 2 once for its summary; both compare
-with the same vectors of the pictures.
+BEiT-3 as a dual encoder. Stage 1 asks once for every entity of a document, stage 2 once for its
+summary; both compare with the same vectors of the pictures.
 """
 
 import math
@@ -15,7 +15,7 @@ from cir_jax import losses
 from cir_jax.data.inputs import Inputs
 from cir_jax.data.text import tokenizer
 from cir_jax.encoders.beit3 import BEIT3_BASE, Beit3Config, ImageTower, TextTower
-from cir_jax.encoders.layers import Dtype, Linear, subkey, truncated, unit
+from cir_jax.encoders.layers import Dtype, Linear, subkey, unit
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class CfirConfig:
             heads=2,
             hidden=64,
             mask_token=False,
+            initial="scratch",
         )
         return cls(encoder, inputs=inputs)
 
@@ -50,20 +51,22 @@ class CfirConfig:
 class Cfir(nnx.Module):
     """Retriever: `query` (text) and `item` (picture) give unit vectors."""
 
+    query_kinds = ({"text"},)
+
     def __init__(self, config: CfirConfig, rngs: nnx.Rngs):
         encoder = config.encoder
         if config.inputs.image.size != encoder.size:
             raise ValueError(
-                f"inputs.image.size is {config.inputs.image.size}, the picture tower reads {encoder.size}; "
-                "set both to the same size"
+                f"inputs.image.size is {config.inputs.image.size}, the picture tower reads "
+                f"{encoder.size}; set both to the same size"
             )
         if config.inputs.text.length > encoder.length:
             raise ValueError(
-                f"inputs.text.length is {config.inputs.text.length}, the text tower reads at most {encoder.length} "
-                "tokens; lower it, or raise encoder.length"
+                f"inputs.text.length is {config.inputs.text.length}, the text tower reads at most "
+                f"{encoder.length} tokens; lower it, or raise encoder.length"
             )
         options = {"dtype": config.dtype, "rngs": rngs}
-        project = {"std": truncated(0.02), "bias": False, **options}
+        project = {"std": encoder.kernels(), "bias": False, **options}
         self.image = ImageTower(encoder, remat=config.remat, **options)
         self.text = TextTower(encoder, remat=config.remat, **options)
         self.image_project = Linear(encoder.width, encoder.width, **project)
@@ -75,12 +78,13 @@ class Cfir(nnx.Module):
         """Unit rows of a text each, or of several texts each.
 
         Args:
-          query: `text` `[B, L]` and `text_mask`, or `[B, M, L]` where every query asks up to M times; a text without
-            a single token is none.
+          query: `text` `[B, L]` and `text_mask`, or `[B, M, L]` where every query asks up to M
+            times; a text without a single token is none.
           key: turns drop-path and dropout on.
 
         Returns:
-          `[B, D]`; for several texts `([B, M, D], mask [B, M])`, where the rows of missing texts are zero.
+          `[B, D]`; for several texts `([B, M, D], mask [B, M])`, where rows of missing texts are
+          zero.
         """
         if "text" not in query:
             raise ValueError(f"a query needs `text`; this one has {sorted(query)}")
@@ -105,13 +109,13 @@ class Cfir(nnx.Module):
     def loss(self, batch, key) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Symmetric contrastive loss of one text and one picture per row.
 
-        With `item["group"]` equal pictures count as right answers for each other; the paper has no groups, so there
-        they are negatives.
+        With `item["group"]` equal pictures count as right answers for each other; the paper has no
+        groups, so there they are negatives.
         """
         if batch["query"]["text"].ndim != 2:
             raise ValueError(
-                f"training takes one text per query, `text` [B, L]; found {batch['query']['text'].shape}; "
-                "draw one entity, or join them"
+                "training takes one text per query, `text` [B, L]; found "
+                f"{batch['query']['text'].shape}; draw one entity, or join them"
             )
         queries = self.query(batch["query"], subkey(key, 0))
         items = self.item(batch["item"], subkey(key, 1))

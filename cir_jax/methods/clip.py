@@ -12,6 +12,7 @@ from flax import nnx
 
 from cir_jax import losses
 from cir_jax.data.inputs import Inputs
+from cir_jax.data.text import tokenizer
 from cir_jax.encoders.clip import ClipText, ClipVision, TextConfig, VisionConfig
 from cir_jax.encoders.layers import Activation, Dtype, unit
 
@@ -37,12 +38,14 @@ class ClipConfig:
     def tiny(cls, inputs: Inputs) -> "ClipConfig":
         """A size for tests."""
         vision = VisionConfig(size=inputs.image.size, patch=16, width=32, layers=2, heads=2)
-        text = TextConfig(length=inputs.text.length, width=32, layers=2, heads=2)
+        text = TextConfig(tokenizer(inputs.text).size, inputs.text.length, width=32, layers=2, heads=2)
         return cls(vision, text, embed=16, inputs=inputs)
 
 
 class Clip(nnx.Module):
     """Retriever: `query` and `item` give unit vectors `[B, embed]`."""
+
+    query_kinds = ({"text"}, {"image"}, {"image", "text"})
 
     def __init__(self, config: ClipConfig, rngs: nnx.Rngs):
         if config.inputs.image.size != config.vision.size:

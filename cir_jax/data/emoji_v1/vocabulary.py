@@ -10,7 +10,9 @@ def texts() -> list[str]:
     """Every wording of the training concepts, and the training edits between them."""
     train = [row for row, item in enumerate(emoji.items()) if item.split == "train"]
     edits = emoji.emoji_triplets("noto", "train", concept_disjoint=True, pair_disjoint=True)
-    return [text for row in train for text in emoji.wordings(row)] + [edit["text"] for edit in edits]
+    return [text for row in train for text in emoji.wordings(row)] + [
+        edit["text"] for edit in edits
+    ]
 
 
 if __name__ == "__main__":
