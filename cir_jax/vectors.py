@@ -320,7 +320,17 @@ def _lasting(folder: Path) -> Iterable[Path]:
 
 
 def _require_fields(folder: Path, manifest: Mapping[str, Any]) -> None:
-    fields = ("complete", "rows", "dtype", "width", "fingerprint", "checkpoint", "gallery", "skipped", "shards")
+    fields = (
+        "complete",
+        "rows",
+        "dtype",
+        "width",
+        "fingerprint",
+        "checkpoint",
+        "gallery",
+        "skipped",
+        "shards",
+    )
     absent = [name for name in fields if name not in manifest]
     if absent:
         raise ValueError(

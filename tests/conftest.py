@@ -30,7 +30,9 @@ def tiny_experiment():
     from cir_jax.data.text import TextSpec
     from cir_jax.methods.clip import ClipConfig
 
-    inputs = Inputs(image=ImageSpec(size=64), text=TextSpec(length=24))
+    from cir_jax.data.emoji import VOCABULARY
+
+    inputs = Inputs(image=ImageSpec(size=64), text=TextSpec(vocab=str(VOCABULARY), length=24))
     return Experiment(
         method=ClipConfig.tiny(inputs),
         data=(Data("emoji-text"), Data("emoji-composed", variant="noto-strict")),

@@ -12,6 +12,7 @@ import pytest
 
 from cir_jax import files, scann_index
 from cir_jax import index as index_module
+from cir_jax.commands import start
 from cir_jax.index import ExactIndex, Hits, ScannIndex, main, make_index, open_index
 from cir_jax.sharding import make_mesh
 from cir_jax.vectors import VectorWriter
@@ -688,12 +689,19 @@ def test_the_command_builds_a_scann_index(vectors, tmp_path, capsys):
     assert f"recall@5 {chosen.recall:.3f} (target 0.9) on 400 perturbed rows" in line
 
 
-def test_the_command_ends_with_one_line_on_errors(vectors, tmp_path):
-    with pytest.raises(SystemExit, match=r"cir_jax.index: .*v already exists; choose another"):
-        main([str(tmp_path / "absent"), str(vectors)])
-    with pytest.raises(SystemExit, match=r"cir_jax.index: .*absent is not a folder"):
-        main([str(tmp_path / "absent"), str(tmp_path / "i")])
-    assert not (tmp_path / "i").exists()
+def test_the_command_ends_with_one_line_on_errors(vectors, tmp_path, monkeypatch, capsys):
+    def failure(*arguments):
+        monkeypatch.setattr(sys, "argv", ["cir_jax.index", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            start("index")
+        out, err = capsys.readouterr()
+        assert (end.value.code, out, err.count("\n")) == (1, "", 1)
+        return err
+
+    assert f"error: {vectors} already exists; choose another" in failure(tmp_path / "no", vectors)
+    absent, dest = tmp_path / "absent", tmp_path / "i"
+    assert f"error: {absent} is not a folder" in failure(absent, dest)
+    assert not dest.exists()
 
 
 def test_help_is_light():

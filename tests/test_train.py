@@ -20,13 +20,16 @@ from cir_jax.data.pipeline import train_batches, turns
 
 CONFIG = """
 from cir_jax.config import Data, Experiment, Optim, Train
+from cir_jax.data.emoji import VOCABULARY
 from cir_jax.data.images import ImageSpec
 from cir_jax.data.inputs import Inputs
 from cir_jax.data.text import TextSpec
 from cir_jax.methods.clip import ClipConfig
 
 config = Experiment(
-    method=ClipConfig.tiny(Inputs(image=ImageSpec(size=64), text=TextSpec(length=24))),
+    method=ClipConfig.tiny(
+        Inputs(image=ImageSpec(size=64), text=TextSpec(vocab=str(VOCABULARY), length=24))
+    ),
     data=(Data("emoji-text"), Data("emoji-composed", variant="noto-strict")),
     train=Train(steps=30, batch_size=8, log_every=1, save_every=5, eval_every=15),
     optim=Optim(lr=1e-3, warmup=2),

@@ -105,7 +105,7 @@ class BlipCir(nnx.Module):
         self.text = Bert(config.text, **options, rngs=rngs)
         self.image_project = Linear(config.image.width, config.embed, **project)
         self.text_project = Linear(config.text.width, config.embed, **project)
-        self.temperature = nnx.Param(jnp.asarray(config.temperature))
+        self.temperature = nnx.Param(jnp.asarray(config.temperature, float))
         self.config = config
 
     def query(self, query: dict[str, jax.Array], key: jax.Array | None = None) -> jax.Array:

@@ -56,7 +56,7 @@ class BlipItm(nnx.Module):
         self.image_project = Linear(config.image.width, config.embed, std=0.02, **options)
         self.text_project = Linear(config.text.width, config.embed, std=0.02, **options)
         self.match = Linear(config.text.width, 2, std=0.02, **options)
-        self.temperature = nnx.Param(jnp.asarray(0.07))
+        self.temperature = nnx.Param(jnp.asarray(0.07, float))
         self.config = config
 
     def query(self, query: dict[str, jax.Array], key: jax.Array | None = None) -> dict:
