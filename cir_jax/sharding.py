@@ -17,7 +17,7 @@ BATCH = P(("data", "fsdp"))
 
 # The first match wins. A spec describes the last dimensions, so one rule serves plain and stacked kernels.
 RULES = (
-    (r".*/(query|key|value|up)/kernel", P("fsdp", "tensor")),
+    (r".*/(query|key|value|up|merge)/kernel", P("fsdp", "tensor")),
     (r".*/(out|down)/kernel", P("tensor", "fsdp")),
     (r".*/embedding", P("tensor", "fsdp")),
     (r".*", P()),

@@ -71,7 +71,7 @@ class Cfir(nnx.Module):
         self.text = TextTower(encoder, remat=config.remat, **options)
         self.image_project = Linear(encoder.width, encoder.width, **project)
         self.text_project = Linear(encoder.width, encoder.width, **project)
-        self.logit_scale = nnx.Param(jnp.log(jnp.asarray(1 / 0.07)))
+        self.logit_scale = nnx.Param(jnp.log(jnp.asarray(1 / 0.07, float)))
         self.config = config
 
     def query(self, query: dict[str, jax.Array], key: jax.Array | None = None):

@@ -56,7 +56,7 @@ class Clip(nnx.Module):
         options = {"activation": config.activation, "dtype": config.dtype, "remat": config.remat}
         self.image = ClipVision(config.vision, config.embed, **options, rngs=rngs)
         self.text = ClipText(config.text, config.embed, **options, rngs=rngs)
-        self.logit_scale = nnx.Param(jnp.log(jnp.asarray(1 / 0.07)))
+        self.logit_scale = nnx.Param(jnp.log(jnp.asarray(1 / 0.07, float)))
         self.config = config
 
     def query(self, query: dict[str, jax.Array]) -> jax.Array:
