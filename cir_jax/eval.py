@@ -73,12 +73,23 @@ def _vectors(retriever: str, name: str):
     return model, queries, items, 1000 * (time.perf_counter() - start) / max(1, len(queries))
 
 
-def _searched(run: Run, benchmark, queries, items):
+def _tuning_queries(run: Run, model) -> np.ndarray | None:
+    """Query vectors of the validation split, on which an approximate index is tuned; None if that is evaluated."""
+    name, variant, split = run.benchmark.split("/")
+    if split == "val":
+        return None
+    return model.encode("query", named_benchmark(f"{name}/{variant}/val").queries)
+
+
+def _searched(run: Run, model, queries, items):
     """(index, hits, milliseconds per query); the index is warm when the clock runs."""
     from cir_jax.index import make_index
     from cir_jax.retrieval import retrieve
 
-    index = make_index(run.index, items, ids=benchmark.ids, recall=SCANN_RECALL, k=10)
+    benchmark, tuning = named_benchmark(run.benchmark), {}
+    if run.index == "scann":
+        tuning = {"recall": SCANN_RECALL, "k": 10, "queries": _tuning_queries(run, model)}
+    index = make_index(run.index, items, ids=benchmark.ids, **tuning)
     k = metrics.depth(benchmark) if index.kind == "exact" else min(SCANN_DEPTH, len(items))
     retrieve(index, queries, k, benchmark.exclude)
     start = time.perf_counter()
@@ -93,7 +104,7 @@ def evaluate_run(run: Run) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
     benchmark = named_benchmark(run.benchmark)
     model, queries, items, encoding = _vectors(run.retriever, run.benchmark)
-    index, hits, searching = _searched(run, benchmark, queries, items)
+    index, hits, searching = _searched(run, model, queries, items)
     values = metrics.per_query(hits.rows, benchmark)
     row = {
         "benchmark": benchmark.name,
@@ -128,27 +139,28 @@ def _summary(values) -> dict[str, dict]:
 
 
 def pooled(results: list[tuple[dict, dict]]) -> list[dict[str, Any]]:
-    """One more row for each evaluation that was made in several drawing styles: all their queries together."""
+    """One more row for each evaluation made in several drawing styles: every query's mean over the styles.
+
+    The interval is over queries, since the same names are asked in every style.
+    """
     groups = defaultdict(list)
     for row, arrays in results:
         style, _, flags = row["variant"].partition("-")
         key = (row["benchmark"], flags, row["split"], row["run"], row["index"])
         groups[key].append((style, row, arrays))
-    rows = []
-    for (_, flags, *_), members in groups.items():
-        if len(members) < 2:
-            continue
-        styles, single, arrays = zip(*members)
-        values = {name: np.concatenate([a[name] for a in arrays]) for name in single[0]["metrics"]}
-        row = {k: v for k, v in single[0].items() if k not in ("ranks", "milliseconds")}
-        row |= {"variant": "-".join(filter(None, ("+".join(styles), flags))), **_summary(values)}
-        row |= {"queries": sum(r["queries"] for r in single)}
-        for name in ("milliseconds_per_query", "index_recall@10"):
-            if name in row:
-                row[name] = float(np.mean([r[name] for r in single]))
-        row["random"] = {k: float(np.mean([r["random"][k] for r in single])) for k in row["random"]}
-        rows.append(row)
-    return rows
+    return [_mean_row(key[1], *zip(*group)) for key, group in groups.items() if len(group) > 1]
+
+
+def _mean_row(flags, styles, rows, arrays) -> dict[str, Any]:
+    """The row of the mean over styles of one evaluation."""
+    values = {name: np.mean([a[name] for a in arrays], axis=0) for name in rows[0]["metrics"]}
+    mean = {k: v for k, v in rows[0].items() if k not in ("ranks", "milliseconds")}
+    mean |= {"variant": "-".join(filter(None, ("+".join(styles), flags))), **_summary(values)}
+    for name in ("milliseconds_per_query", "index_recall@10"):
+        if name in mean:
+            mean[name] = float(np.mean([row[name] for row in rows]))
+    random = [row["random"] for row in rows]
+    return mean | {"random": {k: float(np.mean([r[k] for r in random])) for k in random[0]}}
 
 
 def environment() -> dict[str, Any]:

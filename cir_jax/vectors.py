@@ -164,11 +164,14 @@ class VectorWriter:
     def _reopen(self, given: Mapping[str, Any]) -> dict[str, Any]:
         manifest = files.read_manifest(self.folder, "vectors")
         _require_fields(self.folder, manifest)
-        open_width = given["width"] is None or manifest["width"] is None
+        # Where the checkpoint lies may change; which one it is, its fingerprint tells.
+        free = {"checkpoint"}
+        if given["width"] is None or manifest["width"] is None:
+            free.add("width")
         differing = [
             f"{name} {manifest[name]!r} there, {value!r} now"
             for name, value in given.items()
-            if manifest[name] != value and not (name == "width" and open_width)
+            if manifest[name] != value and name not in free
         ]
         if differing:
             raise ValueError(

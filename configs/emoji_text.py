@@ -20,7 +20,7 @@ GREY = {"mean": (0.75, 0.75, 0.75), "std": (0.35, 0.35, 0.35)}
 config = Experiment(
     method=ClipConfig(
         vision=VisionConfig(size=64, patch=8, width=128, layers=4, heads=4),
-        text=TextConfig(vocabulary=4000, length=24, width=128, layers=3, heads=4),
+        text=TextConfig(vocabulary=4000, length=24, width=128, layers=2, heads=4),
         embed=128,
         activation="gelu",
         remat=False,
@@ -33,9 +33,9 @@ config = Experiment(
     ),
     data=(Data("emoji-text"), Data("emoji-composed", variant="both-strict-even")),
     train=Train(
-        steps=1500, batch_size=192, log_every=20, save_every=200, eval_every=200, export_dtype="float16"
+        steps=1400, batch_size=224, log_every=20, save_every=200, eval_every=200, export_dtype="float16"
     ),
-    optim=Optim(lr=7e-4, weight_decay=0.3, warmup=50),
+    optim=Optim(lr=7e-4, weight_decay=0.3, warmup=50, frozen=("text/embedding",)),
     init={"text/embedding": str(MEANINGS)},
     evals=("emoji-text/noto/val", "emoji-text/twemoji/val"),
 )
