@@ -33,7 +33,12 @@ config = Experiment(
     ),
     data=(Data("emoji-text"), Data("emoji-composed", variant="both-strict-even")),
     train=Train(
-        steps=1400, batch_size=224, log_every=20, save_every=200, eval_every=200, export_dtype="float16"
+        steps=1400,
+        batch_size=224,
+        log_every=20,
+        save_every=200,
+        eval_every=200,
+        export_dtype="float16",
     ),
     optim=Optim(lr=7e-4, weight_decay=0.3, warmup=50, frozen=("text/embedding",)),
     init={"text/embedding": str(MEANINGS)},

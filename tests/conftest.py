@@ -25,12 +25,11 @@ def shared() -> Path:
 def tiny_experiment():
     """A CLIP of a few thousand parameters on the built-in pictures, with and without reference pictures."""
     from cir_jax.config import Data, Experiment, Optim, Train
+    from cir_jax.data.emoji import VOCABULARY
     from cir_jax.data.images import ImageSpec
     from cir_jax.data.inputs import Inputs
     from cir_jax.data.text import TextSpec
     from cir_jax.methods.clip import ClipConfig
-
-    from cir_jax.data.emoji import VOCABULARY
 
     inputs = Inputs(image=ImageSpec(size=64), text=TextSpec(vocab=str(VOCABULARY), length=24))
     return Experiment(

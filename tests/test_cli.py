@@ -54,7 +54,11 @@ def made(pictures, tmp_path_factory) -> Path:
 
 
 def ranked(output: str) -> list[str]:
-    return [line.split(maxsplit=2)[2].strip() for line in output.splitlines() if re.match(r"\s*\d+ ", line)]
+    return [
+        line.split(maxsplit=2)[2].strip()
+        for line in output.splitlines()
+        if re.match(r"\s*\d+ ", line)
+    ]
 
 
 def test_vectors_know_their_pictures_their_model_and_what_was_skipped(made, pictures):
@@ -72,7 +76,9 @@ def test_a_picture_finds_itself_and_a_page_shows_it(made, pictures, tmp_path):
     name = Vectors(made / "vectors").ids[7]
     page = tmp_path / "page.html"
     for kind in ("exact", "scann"):
-        done = run("cir_jax.search", made / kind, "--image", pictures / name, "--k", 4, "--html", page)
+        done = run(
+            "cir_jax.search", made / kind, "--image", pictures / name, "--k", 4, "--html", page
+        )
         assert ranked(done.stdout)[0] == name
         assert len(ranked(done.stdout)) == 4
     text = page.read_text()
@@ -86,20 +92,24 @@ def test_words_find_what_training_has_named(made):
     item = emoji.items()[480]
     assert item.split == "train"
     found = ranked(run("cir_jax.search", made / "exact", "--text", item.name, "--k", 3).stdout)
-    assert f"{re.sub(r'\W+', ' ', item.name)}.png" in found
+    assert re.sub(r"\W+", " ", item.name) + ".png" in found
 
 
 def test_python_gives_what_the_command_prints(made):
     model, index = cir_jax.load("emoji_text"), cir_jax.open_index(made / "exact")
     results = cir_jax.search(model, index, text="a red heart", k=5)
-    printed = ranked(run("cir_jax.search", made / "exact", "--text", "a red heart", "--k", 5).stdout)
+    printed = ranked(
+        run("cir_jax.search", made / "exact", "--text", "a red heart", "--k", 5).stdout
+    )
     assert [result.id for result in results] == printed
     assert [r.score for r in results] == sorted((r.score for r in results), reverse=True)
     assert all(index.ids[r.row] == r.id for r in results)
 
 
 def test_k_beyond_the_gallery_gives_the_gallery(made):
-    assert len(ranked(run("cir_jax.search", made / "exact", "--text", "x", "--k", 500).stdout)) == 60
+    assert (
+        len(ranked(run("cir_jax.search", made / "exact", "--text", "x", "--k", 500).stdout)) == 60
+    )
 
 
 def test_an_interrupted_embedding_continues(made, pictures, tmp_path, capsys):
@@ -174,7 +184,9 @@ def test_help_answers_without_jax(name):
         "heavy = {'jax', 'flax', 'scann', 'grain', 'PIL', 'orbax', 'tokenizers'} & sys.modules.keys()\n"
         "assert not heavy, heavy\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stderr
     assert "--help" in done.stdout
 

@@ -85,7 +85,9 @@ def test_unknown_names_list_the_known_ones(tmp_path):
 
 
 def test_a_config_of_another_kind_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"must define `config = Experiment.*it defines a Evaluation"):
+    with pytest.raises(
+        ValueError, match=r"must define `config = Experiment.*it defines a Evaluation"
+    ):
         load_config("emoji", Experiment)
     (tmp_path / "empty.py").write_text("confg = 3\n")
     with pytest.raises(ValueError, match="it defines nothing of that name"):
@@ -110,7 +112,14 @@ def test_all_faults_of_a_stored_config_are_one_message():
     ],
 )
 def test_wrong_overrides_end_in_one_clear_error(options, expected, tmp_path):
-    command = [sys.executable, "-m", "cir_jax.train", "emoji_text", "--workdir", str(tmp_path / "run")]
+    command = [
+        sys.executable,
+        "-m",
+        "cir_jax.train",
+        "emoji_text",
+        "--workdir",
+        str(tmp_path / "run"),
+    ]
     done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=120)
     assert done.returncode in (1, 2)
     assert expected in done.stdout + done.stderr

@@ -65,5 +65,7 @@ def test_impossible_mesh_and_batch_are_refused(tiny_experiment):
     odd = dataclasses.replace(
         tiny_experiment, train=dataclasses.replace(tiny_experiment.train, batch_size=10)
     )
-    with pytest.raises(ValueError, match="batch_size 10 does not divide by 4 devices.*use 8 or 12"):
+    with pytest.raises(
+        ValueError, match=r"batch_size 10 does not divide by 4 devices.*use 8 or 12"
+    ):
         check_batch(odd, sharding.make_mesh())

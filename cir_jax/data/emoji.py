@@ -27,7 +27,9 @@ from cir_jax.data.emoji_v1.rules import Item, Triplet
 
 FOLDER = Path(__file__).resolve().parent / "emoji_v1"
 VOCABULARY = FOLDER / "vocabulary.txt.gz"  # byte pairs of the training texts
-MEANINGS = FOLDER / "meanings.npy"  # [4000, 128] float16, where the word pieces of `VOCABULARY` start
+MEANINGS = (
+    FOLDER / "meanings.npy"
+)  # [4000, 128] float16, where the word pieces of `VOCABULARY` start
 STYLES = ("noto", "twemoji")
 SPLITS = ("train", "val", "test")
 SIZE = 64  # side of a picture

@@ -18,6 +18,7 @@ from cir_jax.encoders.layers import (
     Mlp,
     layer_norm,
     normal,
+    patches,
     product,
     run,
     stack,
@@ -102,13 +103,9 @@ class ClipVision(nnx.Module):
 
         `kept` `[B, n]` names the patches that are read (training on part of each picture); None reads all.
         """
-        p, (b, h, w, c) = self.config.patch, images.shape
-        patches = images.reshape(b, h // p, p, w // p, p, c).transpose(0, 1, 3, 2, 4, 5)
-        patches = patches.reshape(b, -1, p * p * c)
-        x = product(
-            "bnp,pw->bnw", patches, self.patch_kernel[...].reshape(p * p * c, -1), self.dtype
-        )
-        first = jnp.broadcast_to(self.class_token[...], (b, 1, x.shape[-1])).astype(x.dtype)
+        kernel = self.patch_kernel[...].reshape(-1, self.config.width)
+        x = product("bnp,pw->bnw", patches(images, self.config.patch), kernel, self.dtype)
+        first = jnp.broadcast_to(self.class_token[...], (len(x), 1, x.shape[-1])).astype(x.dtype)
         x = jnp.concatenate([first, x], axis=1) + self.positions[...]
         if kept is not None:
             rows = jnp.pad(kept + 1, ((0, 0), (1, 0)))
@@ -117,9 +114,9 @@ class ClipVision(nnx.Module):
 
     def random_patches(self, rows: int, share: float, key: jax.Array) -> jax.Array:
         """A random choice of patches for each of `rows` pictures, `[rows, share * patches]`."""
-        patches = len(self.positions[...]) - 1
-        noise = jax.random.uniform(key, (rows, patches))
-        return jnp.argsort(noise, axis=1)[:, : max(1, round(share * patches))]
+        count = len(self.positions[...]) - 1
+        noise = jax.random.uniform(key, (rows, count))
+        return jnp.argsort(noise, axis=1)[:, : max(1, round(share * count))]
 
     def __call__(self, images: jax.Array, kept: jax.Array | None = None) -> jax.Array:
         return self.project(self.ln_post(self.tokens(images, kept)[:, 0]))

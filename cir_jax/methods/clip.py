@@ -16,6 +16,7 @@ from cir_jax.data.text import tokenizer
 from cir_jax.encoders.clip import ClipText, ClipVision, TextConfig, VisionConfig
 from cir_jax.encoders.layers import Activation, Dtype, unit
 
+
 @dataclass(frozen=True)
 class ClipConfig:
     """Architecture, inputs and training; the defaults are OpenAI's ViT-B/32.
@@ -38,7 +39,9 @@ class ClipConfig:
     def tiny(cls, inputs: Inputs) -> "ClipConfig":
         """A size for tests."""
         vision = VisionConfig(size=inputs.image.size, patch=16, width=32, layers=2, heads=2)
-        text = TextConfig(tokenizer(inputs.text).size, inputs.text.length, width=32, layers=2, heads=2)
+        text = TextConfig(
+            tokenizer(inputs.text).size, inputs.text.length, width=32, layers=2, heads=2
+        )
         return cls(vision, text, embed=16, inputs=inputs)
 
 
