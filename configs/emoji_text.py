@@ -37,7 +37,7 @@ config = Experiment(
         batch_size=224,
         log_every=20,
         save_every=200,
-        eval_every=200,
+        eval_every=100,
         export_dtype="float16",
     ),
     optim=Optim(lr=7e-4, weight_decay=0.3, warmup=50, frozen=("text/embedding",)),

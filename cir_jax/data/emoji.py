@@ -240,6 +240,8 @@ def gallery(style: Style, only: Sequence[int] | None = None) -> list[dict]:
 
 
 # ---- training pairs, as cir_jax.data.pipeline reads them ----
+#
+# Emoji that look like one of another split ("flag: Norway" and "flag: Svalbard") are in no training set by concept.
 
 
 def text_pairs(variant: str = "both", split: Split = "train") -> list[dict]:
@@ -252,6 +254,7 @@ def text_pairs(variant: str = "both", split: Split = "train") -> list[dict]:
             "group": raw["group"],
         }
         for raw in emoji_pairs(style, split)
+        if _alone(rows()[raw["id"]])
     ]
 
 
@@ -260,13 +263,15 @@ def wordings(row: int) -> tuple[str, ...]:
     """What training may call an emoji, one of these at a time: mostly its name, else keywords or a sentence.
 
     Half are the name; a third are keywords, with or without the name; the rest, where there is a document, are
-    sentences of it, without those that define the subject of another split's document.
+    sentences of it. Keywords that name something of another split ("cat") and sentences that define the subject of
+    another split's document are left out.
     """
     item = items()[row]
     rng = np.random.default_rng(row)
     texts = []
-    for number in range(WORDINGS // 3):
-        keywords = rng.permutation(item.keywords)[: rng.integers(1, len(item.keywords) + 1)]
+    own = [word for word in item.keywords if word.lower() not in _names_elsewhere(item.split)]
+    for number in range(WORDINGS // 3 if own else 0):
+        keywords = rng.permutation(own)[: rng.integers(1, len(own) + 1)]
         texts.append(", ".join([item.name, *keywords] if number % 2 else keywords))
     sentences = _own_sentences(item)
     texts += [sentences[i % len(sentences)] for i in range(WORDINGS // 6) if sentences]
@@ -282,6 +287,8 @@ def composed_pairs(variant: str = "both", split: Split = "train") -> list[dict]:
     style, flags = _variant(variant, ("disjoint", "strict", "even"), both=True)
     concepts = "disjoint" in flags or "strict" in flags
     found = emoji_triplets(style, split, concepts, "strict" in flags)
+    if concepts:
+        found = [e for e in found if all(_alone(rows()[e[name]]) for name in ("id", "target_id"))]
     return [
         {
             "query": {"image": raw["image"], "text": raw["text"]},
@@ -460,6 +467,22 @@ def _documented(split, unshared=False):
         items()[other].split != split for other in _same_document()[items()[row].id]
     )
     return [row for row in found if not shared(row)]
+
+
+@functools.cache
+def _names_elsewhere(split):
+    """What the emoji of the other splits are called, in full or without their attributes, in lower case."""
+    others = [item for item in items() if item.split != split]
+    calls = lambda item: (item.name, rules.head(item.name), item.concept.replace("*", "").strip())
+    return {call.lower() for item in others for call in calls(item)}
+
+
+@functools.cache
+def _alone(row):
+    """True if an emoji looks like none of another split, in any style."""
+    label = groups()
+    split = items()[row].split
+    return all(items()[r].split == split for r, same in enumerate(label) if same == label[row])
 
 
 def _own_sentences(item):

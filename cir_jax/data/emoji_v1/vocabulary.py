@@ -7,12 +7,9 @@ SIZE = 4000
 
 
 def texts() -> list[str]:
-    """Every wording of the training concepts, and the training edits between them."""
-    train = [row for row, item in enumerate(emoji.items()) if item.split == "train"]
-    edits = emoji.emoji_triplets("noto", "train", concept_disjoint=True, pair_disjoint=True)
-    return [text for row in train for text in emoji.wordings(row)] + [
-        edit["text"] for edit in edits
-    ]
+    """Every text that training may read: the wordings of its concepts, and the edits between them."""
+    wordings = [text for pair in emoji.text_pairs("noto") for text in pair["query"]["texts"]]
+    return wordings + [pair["query"]["text"] for pair in emoji.composed_pairs("noto-strict")]
 
 
 if __name__ == "__main__":
