@@ -33,7 +33,7 @@ config = Experiment(
     ),
     data=(Data("emoji-text"), Data("emoji-composed", variant="both-strict-even")),
     train=Train(
-        steps=1400,
+        steps=1000,
         batch_size=224,
         log_every=20,
         save_every=200,
