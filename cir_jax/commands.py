@@ -5,12 +5,13 @@ import os
 import sys
 
 COMMANDS = {
-    "eval": "evaluate retrieval on benchmarks: table, results.json, ranks, report",
+    "eval": "evaluate retrieval on benchmarks: table, results.json, ranks",
     "train": "train a model from a config",
     "embed": "turn a gallery of pictures into vectors on disk",
     "index": "build a search index from vectors",
     "search": "search an index with text or a picture",
 }
+DISTRIBUTED = ("train",)
 
 
 def start(name: str) -> None:
@@ -18,6 +19,10 @@ def start(name: str) -> None:
 
     `CIR_JAX_TRACEBACK=1` in the environment shows where an error came from.
     """
+    if name not in DISTRIBUTED and int(os.environ.get("CIR_JAX_PROCESSES", 1)) > 1:
+        sys.exit(
+            f"error: {name} runs as one process; several compute together in {', '.join(DISTRIBUTED)}"
+        )
     module = importlib.import_module(f"cir_jax.{name}")
     try:
         module.main()

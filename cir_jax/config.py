@@ -4,6 +4,8 @@ Nothing here imports JAX, so that command lines answer quickly. Every field can 
 (`--optim.lr 1e-4`) and the whole is stored as JSON beside what it made.
 """
 
+import json
+import os
 import runpy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -140,6 +142,12 @@ def to_json(config) -> Any:
     import cattrs
 
     return cattrs.Converter().unstructure(config)
+
+
+def portable(config) -> Any:
+    """`to_json` as it is stored: files of this package are named from `cir_jax/` on, wherever it is installed."""
+    home = f"{Path(__file__).resolve().parent.parent}{os.sep}"
+    return json.loads(json.dumps(to_json(config)).replace(json.dumps(home)[1:-1], ""))
 
 
 def from_json(kind: type, value: Any):

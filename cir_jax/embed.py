@@ -1,5 +1,6 @@
 """`python -m cir_jax.embed CHECKPOINT GALLERY DEST`: a gallery of pictures to vectors on disk."""
 
+import itertools
 import os
 import sys
 from collections.abc import Sequence
@@ -86,6 +87,7 @@ def embed(
         gallery=gallery.locator,
         dtype=dtype,
     )
+    check_progress(writer, gallery)
     with ThreadPoolExecutor() as pool, progress("embedding", len(gallery), writer.done) as advance:
         for start in range(writer.done, len(gallery), shard_size):
             vectors, ids, skipped = [], [], []
@@ -106,6 +108,19 @@ def embed(
     writer.finish()
     report_skipped(writer, Path(dest))
     return Path(dest)
+
+
+def check_progress(writer, gallery) -> None:
+    """Refuse to continue vectors whose gallery has changed since they were begun."""
+    from cir_jax.vectors import read_ids
+
+    shards = writer.manifest["shards"]
+    parts = [read_ids(writer.folder / s["ids"], s["stop"] - s["start"]) for s in shards]
+    done = {*itertools.chain(*parts), *(item["id"] for item in writer.manifest["skipped"])}
+    if done != set(gallery.ids[: writer.done]):
+        raise ValueError(
+            f"{writer.folder} was begun when the gallery held other pictures; embed it into a new folder"
+        )
 
 
 def report_skipped(writer, dest: Path) -> None:

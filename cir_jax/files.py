@@ -20,7 +20,7 @@ TEMPORARY = ".tmp-"
 MADE_BY = {
     "vectors": "python -m cir_jax.embed",
     "index": "python -m cir_jax.index",
-    "checkpoint": "python -m cir_jax.train or python -m cir_jax.convert",
+    "checkpoint": "python -m cir_jax.train",
 }
 
 

@@ -2,7 +2,6 @@
 
 import re
 
-import jax
 import optax
 from flax import traverse_util
 
@@ -62,8 +61,3 @@ def join(trained, frozen):
     """The whole tree again, from the two parts of `split_frozen`."""
     flatten = traverse_util.flatten_dict
     return traverse_util.unflatten_dict({**flatten(trained), **flatten(frozen)})
-
-
-def count(tree) -> int:
-    """How many numbers a tree of arrays holds."""
-    return sum(x.size for x in jax.tree.leaves(tree))

@@ -11,7 +11,7 @@ from pathlib import Path
 import tyro
 
 from cir_jax import files, processes
-from cir_jax.config import Experiment, load_config, packaged_configs, to_json
+from cir_jax.config import Experiment, load_config, packaged_configs, portable
 from cir_jax.progress import progress
 
 
@@ -111,8 +111,31 @@ def warm_start(state, init: Mapping[str, str]):
     return state
 
 
+def check_experiment(config: Experiment) -> None:
+    """Refuse, before the first step, what would only fail later."""
+    from cir_jax.data.text import tokenizer
+    from cir_jax.eval import named_benchmark
+
+    for name in ("steps", "batch_size", "log_every", "save_every", "eval_every"):
+        value = getattr(config.train, name)
+        if value < 1:
+            raise ValueError(f"train.{name} is {value}; it must be at least 1")
+    words, tower = tokenizer(config.method.inputs.text), getattr(config.method, "text", None)
+    if words.size > getattr(tower, "vocabulary", words.size):
+        raise ValueError(
+            f"the vocabulary {config.method.inputs.text.vocab} has {words.size} ids, the text tower "
+            f"{tower.vocabulary}; set method.text.vocabulary to {words.size}"
+        )
+    for name in config.evals:
+        known = named_benchmark(name).metrics
+        if config.best not in known:
+            raise ValueError(f"best is {config.best!r}; {name} has {', '.join(known)}")
+
+
 def check_batch(config: Experiment, mesh) -> None:
     """Refuse a batch that the devices cannot share evenly."""
+    import jax
+
     from cir_jax import sharding
 
     devices, size = sharding.batch_devices(mesh), config.train.batch_size
@@ -122,6 +145,11 @@ def check_batch(config: Experiment, mesh) -> None:
         raise ValueError(
             f"batch_size {size} does not divide by {devices} devices "
             f"(data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}); use {near}"
+        )
+    if jax.local_device_count() % config.mesh.tensor:
+        raise ValueError(
+            f"mesh tensor={config.mesh.tensor} spans processes of {jax.local_device_count()} devices each; "
+            "rows of a batch would differ within it, so use a divisor of that"
         )
 
 
@@ -139,7 +167,13 @@ class Best:
             self.score = files.read_manifest(folder, "checkpoint")["about"]["score"]
 
     def kept(self) -> list[Path]:
-        return sorted(self.workdir.glob("best-*"))
+        """Whole models of this run, oldest first; one whose removal was interrupted is none."""
+        return sorted(p.parent for p in self.workdir.glob(f"best-*/{files.MANIFEST}"))
+
+    def _remove(self, folder: Path) -> None:
+        # The manifest goes first: without it the rest is no model any more, whenever the removal stops.
+        (folder / files.MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(folder)
 
     def consider(self, state, step: int) -> dict[str, float]:
         """Metrics of a state on every benchmark of `evals`; the state is kept if their mean is the best so far."""
@@ -166,18 +200,21 @@ class Best:
                 "step": step,
                 "score": score,
                 "metrics": metrics,
-                "experiment": to_json(self.config),
+                "experiment": portable(self.config),
             }
-            worse = self.kept()
+            folder, worse = self.workdir / f"best-{step:07d}", self.kept()
+            if folder.exists():  # saved before an interruption, whose checkpoint was not
+                self._remove(folder)
             save_model(
-                self.workdir / f"best-{step:07d}",
+                folder,
                 self.config.method,
                 params,
                 dtype=self.config.train.export_dtype,
                 about=about,
             )
-            for folder in worse:
-                shutil.rmtree(folder)
+            for old in worse:
+                if old != folder:
+                    self._remove(old)
             self.score = score
         return metrics
 
@@ -200,6 +237,7 @@ def train(config: Experiment, workdir: Path) -> Path:
 
     from cir_jax import checkpoint, optim, sharding
 
+    check_experiment(config)
     steps, seed = config.train.steps, config.train.seed
     mesh = sharding.make_mesh(config.mesh.fsdp, config.mesh.tensor)
     check_batch(config, mesh)
@@ -218,7 +256,8 @@ def train(config: Experiment, workdir: Path) -> Path:
     with checkpoint.training_states(workdir) as states:
         first = states.latest()
         if first:
-            print(f"continuing from step {first}", file=sys.stderr)
+            if processes.first():
+                print(f"continuing from step {first}", file=sys.stderr)
             state = states.restore(first, sharding.placed(abstract, places))
         else:
             state = jax.jit(init, out_shardings=places)(jax.random.key(seed))
@@ -277,7 +316,7 @@ def check_finite(metrics: Mapping, step: int) -> Mapping:
 def prepare_workdir(config: Experiment, workdir: Path) -> None:
     """Make the folder of a run, or check that it belongs to the same experiment."""
     workdir.mkdir(parents=True, exist_ok=True)
-    path, value = workdir / "config.json", json.loads(json.dumps(to_json(config)))
+    path, value = workdir / "config.json", portable(config)
     if not path.exists():
         files.write_json(path, value)
         return
@@ -344,7 +383,8 @@ def main(argv: list[str] | None = None) -> None:
     processes.join()
     prepare_workdir(config, workdir)
     if (workdir / "model").exists():
-        print(f"{workdir / 'model'} is finished; choose another --workdir to train again")
+        if processes.first():
+            print(f"{workdir / 'model'} is finished; choose another --workdir to train again")
         return
     folder = train(config, workdir)
     if processes.first():

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Run one cir_jax command as several processes on this machine, which compute together:
+# Train with several processes on this machine, which compute together:
 #   launch/local.sh 2 python -m cir_jax.train emoji_text --workdir runs/two
-# Every process sees its own part of each batch; process 0 prints. When one fails, the others are ended.
+# Every process reads its own part of each batch; process 0 writes. When one fails, the others are ended.
 set -euo pipefail
 [ $# -ge 2 ] && [ "$1" -ge 1 ] || { sed -n '2,4p' "$0" | cut -c3-; exit 2; }
 processes=$1

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,13 @@ def test_links_and_pictures_exist():
 def test_the_two_commands_are_marked_for_the_gate():
     for mark in ("demo command", "test command"):
         assert len(re.findall(rf"<!-- {mark} -->\n```\npython3 -m venv .*\n```", README)) == 1
+    gate = (ROOT / ".ci" / "run").read_text()
+    (extract,) = re.findall(r"^test_command=\$\((.*)\)$", gate, re.MULTILINE)
+    found = subprocess.run(
+        extract, shell=True, cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert found.stdout.startswith("python3 -m venv .venv-test")
+    assert found.stdout.rstrip().endswith("pytest -q -n 2")
 
 
 def test_the_table_is_that_of_the_packaged_model():

@@ -1,5 +1,6 @@
 """The training loop through its command: what it writes, and that an interruption changes nothing."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -13,9 +14,10 @@ import pytest
 
 import cir_jax
 from cir_jax import optim
-from cir_jax.config import Data, Optim
+from cir_jax.config import Data, Optim, Train
 from cir_jax.data import training_set
 from cir_jax.data.pipeline import train_batches, turns
+from cir_jax.train import check_experiment
 
 CONFIG = """
 from cir_jax.config import Data, Experiment, Optim, Train
@@ -128,6 +130,50 @@ def test_best_model_is_kept_not_the_last(finished):
     about = json.loads((finished / "model" / "manifest.json").read_text())["about"]
     assert sorted(scores) == [15, 30]
     assert scores[about["step"]] == pytest.approx(max(scores.values()), rel=1e-5)
+
+
+def test_the_best_of_many_evaluations_is_kept(tiny_experiment, tmp_path, monkeypatch):
+    from cir_jax import checkpoint
+    from cir_jax import eval as evaluation
+    from cir_jax.train import Best, make_init
+
+    scores = iter([0.3, 0.2, 0.4, 0.1])
+    monkeypatch.setattr(evaluation, "measure", lambda model, name: {"recall@10": next(scores)})
+    graph, _ = checkpoint.abstract_params(tiny_experiment.method)
+    init = make_init(tiny_experiment, optim.optimizer(tiny_experiment.optim, 8))
+    state = jax.jit(init)(jax.random.key(0))
+    kept = []
+    best = Best(tiny_experiment, graph, tmp_path)
+    for step in (2, 4, 6, 8):
+        best.consider(state, step)
+        kept.append([folder.name for folder in best.kept()])
+    assert kept == [["best-0000002"], ["best-0000002"], ["best-0000006"], ["best-0000006"]]
+    assert Best(tiny_experiment, graph, tmp_path).score == 0.4
+    # A removal that was cut short leaves a folder without a manifest: no model, and no obstacle.
+    (tmp_path / "best-0000004" / "params").mkdir(parents=True)
+    again = Best(tiny_experiment, graph, tmp_path)
+    assert [folder.name for folder in again.kept()] == ["best-0000006"]
+    scores = iter([0.5])
+    again.consider(state, 6)
+    assert again.score == 0.5
+    assert again.publish() == tmp_path / "model"
+    assert cir_jax.load(tmp_path / "model").config.embed == tiny_experiment.method.embed
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"best": "recall@3"}, "best is 'recall@3'.*recall@1, recall@5"),
+        ({"evals": ("emoji-txt/noto/val",)}, "did you mean 'emoji-text'"),
+        ({"evals": ("emoji-text",)}, "name/variant/split"),
+        ({"train": Train(steps=0, batch_size=8)}, "train.steps is 0"),
+        ({"train": Train(steps=5, batch_size=8, eval_every=0)}, "train.eval_every is 0"),
+    ],
+    ids=["metric", "benchmark", "form", "steps", "rhythm"],
+)
+def test_mistakes_are_found_before_the_first_step(tiny_experiment, changes, message):
+    with pytest.raises(ValueError, match=message):
+        check_experiment(dataclasses.replace(tiny_experiment, **changes))
 
 
 def test_batches_do_not_depend_on_the_number_of_processes(tiny_experiment):

@@ -56,6 +56,11 @@ class Clip(nnx.Module):
                 f"inputs.image.size is {config.inputs.image.size}, the vision tower reads "
                 f"{config.vision.size}; set both to the same size"
             )
+        if config.inputs.text.length > config.text.length:
+            raise ValueError(
+                f"inputs.text.length is {config.inputs.text.length}, the text tower has "
+                f"{config.text.length} positions; lower it, or raise text.length"
+            )
         options = {"activation": config.activation, "dtype": config.dtype, "remat": config.remat}
         self.image = ClipVision(config.vision, config.embed, **options, rngs=rngs)
         self.text = ClipText(config.text, config.embed, **options, rngs=rngs)
