@@ -159,13 +159,14 @@ def pooled(results: list[tuple[dict, dict]]) -> list[dict[str, Any]]:
 def _mean_row(flags, styles, rows, arrays) -> dict[str, Any]:
     """The row of the mean over styles of one evaluation."""
     values = {name: np.mean([a[name] for a in arrays], axis=0) for name in rows[0]["metrics"]}
-    mean = {k: v for k, v in rows[0].items() if k not in ("ranks", "milliseconds")}
+    mean = {k: v for k, v in rows[0].items() if k != "ranks"}
     mean |= {"variant": "-".join(filter(None, ("+".join(styles), flags))), **_summary(values)}
     for name in ("milliseconds_per_query", "index_recall@10"):
         if name in mean:
             mean[name] = float(np.mean([row[name] for row in rows]))
-    random = [row["random"] for row in rows]
-    return mean | {"random": {k: float(np.mean([r[k] for r in random])) for k in random[0]}}
+    for name in ("milliseconds", "random"):
+        mean[name] = {k: float(np.mean([row[name][k] for row in rows])) for k in mean[name]}
+    return mean
 
 
 def environment() -> dict[str, Any]:
@@ -227,7 +228,8 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         "gallery",
         *names,
         "random R@10",
-        "ms/query",
+        "encode ms",
+        "search ms",
         "index recall",
         box=None,
     )
@@ -241,7 +243,8 @@ def print_table(rows: list[dict[str, Any]]) -> None:
             str(row["gallery"]),
             *cells,
             f"{100 * row['random'].get('recall@10', float('nan')):.1f}",
-            f"{row['milliseconds_per_query']:.2f}",
+            f"{row['milliseconds']['encode']:.2f}",
+            f"{row['milliseconds']['search']:.3f}",
             recall,
         )
     Console(width=None if sys.stdout.isatty() else 170, markup=False).print(table)

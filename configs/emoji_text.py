@@ -43,4 +43,5 @@ config = Experiment(
     optim=Optim(lr=7e-4, weight_decay=0.3, warmup=50, frozen=("text/embedding",)),
     init={"text/embedding": str(MEANINGS)},
     evals=("emoji-text/noto/val", "emoji-text/twemoji/val"),
+    best="mrr",  # steadier than recall@10 on 251 queries
 )

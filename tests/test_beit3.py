@@ -26,7 +26,6 @@ from cir_jax.encoders.beit3 import (
     resize_positions,
 )
 from cir_jax.methods.cfir import Cfir, CfirConfig
-from cir_jax.optim import count
 
 BOTH = ("image", "text")
 OPTIONS = {"dtype": "float32", "remat": True}
@@ -73,6 +72,11 @@ ENHANCED = (
     (-0.120783, 0.586181, -0.062939, -0.118719),
     (0.431674, 0.278809, -0.040461, 0.255458),
 )
+
+
+def count(tree) -> int:
+    """How many numbers a tree of arrays holds."""
+    return sum(x.size for x in jax.tree.leaves(tree))
 
 
 def config_of(encoder=TINY, **changes):

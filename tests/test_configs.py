@@ -106,8 +106,8 @@ def test_all_faults_of_a_stored_config_are_one_message():
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--optim.learning-rate", "1"], "--optim.lr"),
-        (["--optim.lr", "fast"], "invalid"),
+        (["--optim.weight-decy", "1"], "--optim.weight-decay"),
+        (["--optim.lr", "fast"], "Error parsing --optim.lr"),
         (["--mesh.fsdp", "3"], "fsdp=3 x tensor=1 does not divide"),
     ],
 )
