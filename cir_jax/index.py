@@ -372,6 +372,7 @@ class Command:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Build, tune and save an index as the command line says, and tell in one line what was written."""
     import tyro
 
     command = tyro.cli(

@@ -1,7 +1,7 @@
 """The packaged model `emoji_text`: names find emoji, trained on the built-in training concepts.
 
 Only the word pieces start from something: what a small sentence encoder makes of the training texts they occur in
-(`cir_jax.data.emoji_v1.meanings`). About 20 minutes on 2 cores:
+(`cir_jax.data.emoji_v1.meanings`). About 16 minutes on 2 cores:
 
     python -m cir_jax.train emoji_text --workdir runs/emoji_text
 """

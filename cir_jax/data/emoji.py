@@ -477,12 +477,18 @@ def _names_elsewhere(split):
     return {call.lower() for item in others for call in calls(item)}
 
 
-@functools.cache
 def _alone(row):
     """True if an emoji looks like none of another split, in any style."""
-    label = groups()
-    split = items()[row].split
-    return all(items()[r].split == split for r, same in enumerate(label) if same == label[row])
+    return groups()[row] not in _shared_looks()
+
+
+@functools.cache
+def _shared_looks():
+    """Labels of `groups` that emoji of more than one split have."""
+    splits = defaultdict(set)
+    for item, label in zip(items(), groups(), strict=True):
+        splits[label].add(item.split)
+    return {label for label, found in splits.items() if len(found) > 1}
 
 
 def _own_sentences(item):
