@@ -26,8 +26,8 @@ def __getattr__(name: str):
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 
-def search(model, index, *, text=None, image=None, k=10):
+def search(model, index, **query):
     """Search an index with one query; see `cir_jax.retrieval.search`, which this calls."""
     from cir_jax.retrieval import search
 
-    return search(model, index, text=text, image=image, k=k)
+    return search(model, index, **query)

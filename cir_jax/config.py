@@ -20,7 +20,8 @@ class Data:
     """One training set.
 
     `weight` is its number of batches in each round over all training sets: every batch comes from one set only, so
-    sets whose queries have different parts (text, picture and text) can train together.
+    sets whose queries have different parts (text, picture and text) can train together. `block` consecutive rows of
+    the set always share a batch: hard negatives for each other where the set puts what is alike together.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Data:
     variant: str = "both"
     split: str = "train"
     weight: int = 1
+    block: int = 1
 
 
 @dataclass(frozen=True)
@@ -86,11 +88,17 @@ class Experiment(Generic[MethodConfig]):
 
 @dataclass(frozen=True)
 class Run:
-    """One row of an evaluation: who retrieves what, with which index."""
+    """One evaluation: who retrieves what, with which index, and who re-ranks its k best candidates.
+
+    `fusion` is the weight of stage 1's score in the second stage's order (`cir_jax.retrieval.rerank`).
+    """
 
     benchmark: str
     retriever: str
     index: Literal["exact", "scann"] = "exact"
+    reranker: str | None = None
+    k: int = 50
+    fusion: float | None = None
 
 
 @dataclass(frozen=True)

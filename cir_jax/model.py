@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
@@ -25,6 +26,16 @@ def _encode(graph, params, part, batch):
     return getattr(nnx.merge(graph, params), part)(batch)
 
 
+@functools.partial(jax.jit, static_argnames="graph")
+def _score(graph, params, queries, items, query_rows, item_rows):
+    take = lambda tree, rows: jax.tree.map(lambda x: jnp.take(x, rows, axis=0), tree)
+    queries, items = take(queries, query_rows), take(items, item_rows)
+    method = nnx.merge(graph, params)
+    if not hasattr(method, "score"):  # a retriever: the inner product of its vectors
+        return jnp.einsum("qd,qkd->qk", queries, items)
+    return method.score(queries, items)
+
+
 @dataclass(frozen=True)
 class Model:
     """What `cir_jax.load` returns.
@@ -38,14 +49,22 @@ class Model:
     fingerprint: str = ""
     name: str = ""
 
+    @property
+    def reranks(self) -> bool:
+        """True if its method scores pairs (a `Reranker`); then it makes no vectors to search with."""
+        return hasattr(METHODS[method_name(self.config)][1], "score")
+
     def encode(
         self,
         part: Literal["query", "item"],
         examples: Sequence,
         batch_size: int = 128,
         progress: Callable[[int], None] | None = None,
-    ) -> np.ndarray:
+    ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
         """Unit vectors `[N, D]` float32 of queries or items, in their order.
+
+        Queries that ask several times, `{"texts": […]}` (the entities of a document), give `([N, M, D], mask [N, M])`,
+        a vector for each text and True where there is one; M is the largest number of texts.
 
         Args:
           part: the side of the model; an item is a picture, a query may be text, a picture, or both.
@@ -55,29 +74,96 @@ class Model:
           progress: called with the number of rows done after each batch.
 
         Raises:
-          ValueError: an example without what the method needs, or a picture that cannot be read.
+          ValueError: an example without what the method needs, a picture that cannot be read, or a re-ranker, which
+            scores pairs instead (`features`, `score`).
+        """
+        if self.reranks:
+            raise ValueError(
+                f"{self.name or 'this model'} is a re-ranker: it scores pairs and makes no vectors to search with; "
+                "use it for the second stage, behind a retriever"
+            )
+        if part == "query" and any(isinstance(q, Mapping) and "texts" in q for q in examples):
+            return self._encode_asks(examples, batch_size, progress)
+        return self.features(part, examples, batch_size, progress)
+
+    def _encode_asks(self, examples, batch_size, progress):
+        """Every text of every query as a query of its own, then put back together."""
+        asks = [{"text": text} for query in examples for text in query["texts"]]
+        vectors = self.features("query", asks, batch_size, progress)
+        counts = np.array([len(query["texts"]) for query in examples])
+        mask = np.arange(max(counts, default=0)) < counts[:, None]
+        out = np.zeros((*mask.shape, vectors.shape[-1]), np.float32)
+        out[mask] = vectors
+        return out, mask
+
+    def features(
+        self,
+        part: Literal["query", "item"],
+        examples: Sequence,
+        batch_size: int = 128,
+        progress: Callable[[int], None] | None = None,
+    ):
+        """What the method's `query` or `item` computes: a tree of float32 (or bool) arrays `[N, …]`, on the host.
+
+        For a retriever that is one array of unit vectors; for a re-ranker whatever `score` needs of one side. Texts of
+        different batches are padded to the longest. Arguments and errors as for `encode`.
         """
         if part not in ("query", "item"):
             raise ValueError(f"part is {part!r}; expected 'query' or 'item'")
         mesh = sharding.make_mesh(devices=jax.local_devices())
         params = jax.device_put(self.params, sharding.replicated(mesh))
-        out = np.zeros((len(examples), 0), np.float32)
+        batches = []
         for rows, batch in _batches(part, examples, batch_size, self.config):
-            vectors = self._encode_batch(params, part, batch, mesh)
-            if not out.shape[1]:
-                out = np.zeros((len(examples), vectors.shape[1]), np.float32)
-            out[rows] = vectors
+            batches.append(self._encode_batch(params, part, batch, mesh))
             if progress:
                 progress(len(rows))
-        return out
+        if not batches:
+            return np.zeros((0, 0), np.float32)
+        return jax.tree.map(lambda *parts: _stacked(parts), *batches)
 
-    def _encode_batch(self, params, part, batch, mesh) -> np.ndarray:
+    def score(self, queries, items, rows: np.ndarray, pairs: int = 512) -> np.ndarray:
+        """Scores `[Q, K]` of each query with its own candidates; larger is better.
+
+        Args:
+          queries: features of Q queries.
+          items: features of the candidates of all of them.
+          rows: `[Q, K]`, for each query the places of its candidates in `items`; where -1 the score is -inf.
+          pairs: about how many pairs are computed at once.
+        """
+        mesh = sharding.make_mesh(devices=jax.local_devices())
+        held = (self.params, _few_sizes(queries), _few_sizes(items))
+        params, queries, items = jax.device_put(held, sharding.replicated(mesh))
+        places = NamedSharding(mesh, sharding.P(sharding.AXES))
+        size = mesh.size * max(1, pairs // max(1, rows.shape[1]) // mesh.size)
+        out = np.full(rows.shape, -np.inf, np.float32)
+        for first in range(0, len(rows), size):
+            chosen = np.arange(first, first + size).clip(max=len(rows) - 1)
+            these = jax.device_put((chosen, rows[chosen].clip(min=0)), places)
+            scores = _score(self.graph, params, queries, items, *these)
+            out[first : first + size] = np.asarray(scores)[: len(rows) - first]
+        return np.where(rows >= 0, out, -np.inf)
+
+    def _encode_batch(self, params, part, batch, mesh):
         n = len(next(iter(batch.values())))
         places = NamedSharding(mesh, sharding.P(sharding.AXES))
         size = mesh.size * 2 ** int(np.ceil(np.log2(max(1, n / mesh.size))))
         pad = lambda x: np.concatenate([x, np.repeat(x[-1:], size - n, axis=0)])
         batch = jax.device_put(jax.tree.map(pad, shorten(batch)), places)
-        return np.asarray(_encode(self.graph, params, part, batch))[:n]
+        return jax.tree.map(lambda x: np.asarray(x)[:n], _encode(self.graph, params, part, batch))
+
+
+def _few_sizes(tree):
+    """Leaves `[n, …]` with their last row repeated up to a power of two: few shapes to compile."""
+    spare = lambda n: 2 ** int(np.ceil(np.log2(max(1, n)))) - n
+    pad = lambda x: np.concatenate([x, np.repeat(x[-1:], spare(len(x)), axis=0)])
+    return jax.tree.map(pad, tree)
+
+
+def _stacked(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Arrays of batches `[n, …]` as one, the second axis padded with zeros to the longest."""
+    longest = max(x.shape[1] for x in parts)
+    width = lambda x: [(0, 0), (0, longest - x.shape[1])] + [(0, 0)] * (x.ndim - 2)
+    return np.concatenate([np.pad(x, width(x)) for x in parts])
 
 
 def as_example(part: str, value, kinds: Sequence[set[str]]) -> Mapping:

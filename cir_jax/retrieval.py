@@ -1,21 +1,33 @@
-"""Searching: queries become vectors, an index finds their items."""
+"""Searching in two stages: queries become vectors, an index finds candidates, a re-ranker orders them.
+
+Any retriever, any index and any re-ranker go together; a retriever re-ranks too, by the inner product of another
+query with the candidates (CFIR's second stage).
+"""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from cir_jax.data.documents import DocumentSpec, document_query
 from cir_jax.index import Hits, Index
 from cir_jax.model import Model
 
+# Features of candidates that are held at once while their pairs are scored.
+FEATURE_BYTES = 2**30
+
 
 class Result(NamedTuple):
-    """One answer: the item's id, its score (larger is better) and its row in the gallery."""
+    """One answer: the item's id, its score (larger is better), its row in the gallery.
+
+    `stage` says whose score it is: the index's (1) or the re-ranker's (2).
+    """
 
     id: str
     score: float
     row: int
+    stage: int = 1
 
 
 def check_fingerprint(model: Model, index: Index) -> None:
@@ -28,17 +40,48 @@ def check_fingerprint(model: Model, index: Index) -> None:
         )
 
 
-def retrieve(index: Index, vectors: np.ndarray, k: int, exclude: Sequence[int] = ()) -> Hits:
+def as_query(raw: Mapping, stage: int, spec: DocumentSpec | None = None) -> dict:
+    """What a raw query asks in a stage: a document first by its entities, then by its summary; others as they are."""
+    if raw.get("document") is not None:
+        return document_query(raw, "entities" if stage == 1 else "summary", spec)
+    return {part: raw[part] for part in ("image", "text") if raw.get(part) is not None}
+
+
+class Queries(Sequence):
+    """The queries of a benchmark as they ask in one stage; read when they are needed."""
+
+    def __init__(self, raw: Sequence[Mapping], stage: int, spec: DocumentSpec | None = None):
+        self.raw, self.stage, self.spec = raw, stage, spec
+
+    def __len__(self) -> int:
+        return len(self.raw)
+
+    def __getitem__(self, row: int) -> dict:
+        return as_query(self.raw[row], self.stage, self.spec)
+
+
+def retrieve(
+    index: Index,
+    vectors: np.ndarray | tuple[np.ndarray, np.ndarray],
+    k: int,
+    exclude: Sequence[int] = (),
+) -> Hits:
     """The k best items of each query.
 
     Args:
       index: anything with `search`.
-      vectors: `[Q, D]` query vectors.
-      k: at least 1; where the gallery has fewer items the rest is row -1.
+      vectors: `[Q, D]` query vectors; or `([Q, M, D], mask [Q, M])` where queries ask several times: then the k best of
+        each are united, an item counting with its best score.
+      k: at least 1; where fewer items are found the rest is row -1.
       exclude: per query a row that is no answer (its reference picture), or -1; empty for none.
     """
     if k < 1:
         raise ValueError(f"k is {k}; it must be at least 1")
+    if isinstance(vectors, tuple):
+        vectors, mask = vectors
+        owner = np.nonzero(mask)[0]
+        unwanted = np.asarray(exclude)[owner] if len(exclude) else ()
+        return united(retrieve(index, vectors[mask], k, unwanted), owner, len(mask))
     if not len(exclude):
         return index.search(vectors, k)
     hits = index.search(vectors, k + 1)
@@ -48,36 +91,151 @@ def retrieve(index: Index, vectors: np.ndarray, k: int, exclude: Sequence[int] =
     return Hits(*(np.take_along_axis(values, order, axis=1) for values in hits))
 
 
+def united(hits: Hits, owner: np.ndarray, queries: int) -> Hits:
+    """Hits `[T, K]` of texts as hits `[Q, K]` of the queries that `owner` `[T]` says they belong to.
+
+    Each item keeps its best score; equal scores are ordered by row.
+    """
+    rows = np.full((queries, hits.rows.shape[1]), -1, np.int64)
+    scores = np.full(rows.shape, -np.inf, np.float32)
+    for query in range(queries):
+        mine = owner == query
+        found, values = hits.rows[mine].ravel(), hits.scores[mine].ravel()
+        order = np.lexsort((found, -values))
+        order = order[found[order] >= 0]
+        _, first = np.unique(found[order], return_index=True)
+        best = order[np.sort(first)][: rows.shape[1]]
+        rows[query, : len(best)], scores[query, : len(best)] = found[best], values[best]
+    return Hits(rows, scores)
+
+
+def score_candidates(
+    model: Model,
+    queries: Sequence[Mapping],
+    pictures: Callable[[Sequence[int]], Sequence[Mapping]],
+    rows: np.ndarray,
+    progress: Callable[[int], None] | None = None,
+) -> np.ndarray:
+    """Scores `[Q, K]` of a re-ranker for each query's candidates; -inf where the row is -1.
+
+    What depends on a query or on an item alone is computed once, unless the candidates' features exceed
+    `FEATURE_BYTES`: then queries are taken in turns, and an item again in each turn that needs it.
+
+    Args:
+      model: a re-ranker, or a retriever, which scores by the inner product.
+      queries: as the method reads them (`as_query`).
+      pictures: raw items of gallery rows (`Index.items`).
+      rows: `[Q, K]` gallery rows.
+      progress: called with the number of queries done.
+    """
+    out = np.full(rows.shape, -np.inf, np.float32)
+    wanted = np.nonzero((rows >= 0).any(axis=1))[0]
+    size = _queries_at_once(model, pictures, rows) if len(wanted) else 1
+    for first in range(0, len(wanted), size):
+        turn = wanted[first : first + size]
+        unique, places = np.unique(rows[turn], return_inverse=True)
+        absent = int(unique[0] == -1)  # sorted, so -1 would stand first
+        items = model.features("item", pictures(unique[absent:].tolist()))
+        asked = model.features("query", [queries[row] for row in turn])
+        out[turn] = model.score(asked, items, places.reshape(rows[turn].shape) - absent)
+        if progress:
+            progress(len(turn))
+    return out
+
+
+def _queries_at_once(model, pictures, rows) -> int:
+    """How many queries have candidates whose features fit `FEATURE_BYTES`."""
+    one = model.features("item", pictures([int(rows.max())]))
+    leaves = one.values() if isinstance(one, Mapping) else [one]
+    fit = FEATURE_BYTES // sum(x.nbytes for x in leaves)
+    return len(rows) if len(np.unique(rows)) <= fit else max(1, fit // rows.shape[1])
+
+
+def rerank(hits: Hits, scores: np.ndarray, fusion: float | None = None) -> Hits:
+    """Hits whose first K are ordered by a second stage; those behind keep stage 1's order and scores.
+
+    Args:
+      hits: of stage 1, `[Q, N]`.
+      scores: `[Q, K]` of stage 2 for the first K hits; equal ones keep stage 1's order.
+      fusion: None to order by stage 2 alone; else the weight, 0 to 1, of stage 1's score in the mean of both, after
+        each was standardised over a query's candidates.
+    """
+    count = scores.shape[1]
+    present = hits.rows[:, :count] >= 0
+    if fusion is not None:
+        first = _standardised(hits.scores[:, :count], present)
+        scores = fusion * first + (1 - fusion) * _standardised(scores, present)
+        scores = scores.astype(np.float32)
+    order = np.argsort(-scores, axis=1, kind="stable")
+    reordered = lambda values, new: np.concatenate(
+        [np.take_along_axis(new, order, axis=1), values[:, count:]], axis=1
+    )
+    return Hits(reordered(hits.rows, hits.rows[:, :count]), reordered(hits.scores, scores))
+
+
+def _standardised(scores, present):
+    """Scores with mean 0 and deviation 1 in each row; -inf where nothing is present."""
+    count = present.sum(axis=1, keepdims=True).clip(1)
+    values = np.where(present, scores, 0.0).astype(np.float64)
+    centred = np.where(present, values - values.sum(axis=1, keepdims=True) / count, 0.0)
+    spread = np.sqrt((centred**2).sum(axis=1, keepdims=True) / count)
+    return np.where(present, centred / np.where(spread > 0, spread, 1.0), -np.inf)
+
+
 def search(
     model: Model,
     index: Index,
     *,
     text: str | None = None,
     image: str | os.PathLike | bytes | np.ndarray | None = None,
+    document: str | None = None,
     k: int = 10,
+    reranker: Model | None = None,
+    candidates: int = 50,
+    fusion: float | None = None,
 ) -> list[Result]:
-    """Search with one query: a text, a picture, or a picture and a text.
+    """Search with one query: a text, a picture, a picture and a text, or a document.
 
     Args:
       model: from `cir_jax.load`.
       index: from `cir_jax.open_index`, or built from vectors of the same model.
       text: what to look for.
       image: path, bytes, PIL picture or uint8 array `[H, W, 3]`.
+      document: a whole text. Its entities ask one by one; a second stage asks with its summary.
       k: how many results; fewer come back if the gallery is smaller.
+      reranker: a model that orders the best `candidates` again; `model` itself is one for documents.
+      fusion: see `rerank`.
 
     Raises:
-      ValueError: neither text nor picture, an empty text, k below 1, or an index of another model.
+      ValueError: neither text nor picture nor document, an empty one, a document with a text or picture, k or
+        `candidates` below 1, an index of another model, or one that does not know its pictures though a re-ranker
+        needs them.
     """
     check_fingerprint(model, index)
-    if text is not None and not text.strip():
-        raise ValueError("the query text is empty; give some words, a picture, or both")
-    if text is None and image is None:
-        raise ValueError("a query needs a text, a picture, or both; this one has neither")
-    query = {"text": text, "image": image}
-    vectors = model.encode("query", [{name: x for name, x in query.items() if x is not None}])
-    rows, scores = retrieve(index, vectors, k)
-    found = rows[0] >= 0
+    raw = _checked_query(text, image, document)
+    if k < 1 or candidates < 1:
+        raise ValueError(f"k is {k} and candidates {candidates}; both must be at least 1")
+    vectors = model.encode("query", [as_query(raw, 1)])
+    hits = retrieve(index, vectors, k if reranker is None else max(k, candidates))
+    second = 0
+    if reranker is not None:
+        rows = hits.rows[:, :candidates]
+        scores = score_candidates(reranker, [as_query(raw, 2)], index.items, rows)
+        hits, second = rerank(hits, scores, fusion), candidates
     return [
-        Result(index.ids[row], float(score), int(row))
-        for row, score in zip(rows[0][found], scores[0][found])
+        Result(index.ids[row], float(score), int(row), 2 if place < second else 1)
+        for place, (row, score) in enumerate(zip(hits.rows[0, :k], hits.scores[0, :k]))
+        if row >= 0
     ]
+
+
+def _checked_query(text, image, document) -> dict:
+    """The raw query of `search`, or the error that says what is missing."""
+    for name, value in (("text", text), ("document", document)):
+        if value is not None and not value.strip():
+            raise ValueError(f"the query {name} is empty; give some words, a picture, or both")
+    if document is not None and (text is not None or image is not None):
+        raise ValueError("a document asks alone; leave out the text and the picture")
+    if text is None and image is None and document is None:
+        raise ValueError("a query needs a text, a picture, both, or a document; this one has none")
+    return {"text": text, "image": image, "document": document}

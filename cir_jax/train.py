@@ -80,37 +80,6 @@ def make_init(config: Experiment, tx) -> Callable:
     return init
 
 
-def read_start(prefix: str, source: str) -> dict:
-    """Parameters by path that an entry of `init` offers: a model under a prefix, or one parameter as `.npy`."""
-    import numpy as np
-    from flax import traverse_util
-
-    from cir_jax.model import load
-
-    if Path(source).suffix == ".npy":
-        return {prefix: np.load(source, allow_pickle=False).astype(np.float32)}
-    theirs = traverse_util.flatten_dict(load(source).params, sep="/")
-    return {f"{prefix}/{name}" if prefix else name: x for name, x in theirs.items()}
-
-
-def warm_start(state, init: Mapping[str, str]):
-    """The first state with the parts that `init` names taken from elsewhere (`read_start`)."""
-    import jax
-    from flax import traverse_util
-
-    for prefix, source in init.items():
-        unused = read_start(prefix, source)
-        for part in ("params", "frozen"):
-            flat = traverse_util.flatten_dict(state[part], sep="/")
-            fits = {n for n in unused.keys() & flat.keys() if flat[n].shape == unused[n].shape}
-            flat |= {name: jax.device_put(unused.pop(name), flat[name].sharding) for name in fits}
-            state[part] = traverse_util.unflatten_dict(flat, sep="/")
-        if unused:
-            named = ", ".join(sorted(unused)[:5])
-            raise ValueError(f"init {prefix!r}: {source} does not fit the model at {named}")
-    return state
-
-
 def check_experiment(config: Experiment) -> None:
     """Refuse, before the first step, what would only fail later."""
     from cir_jax.data.text import tokenizer
@@ -236,6 +205,7 @@ def train(config: Experiment, workdir: Path) -> Path:
     import numpy as np
 
     from cir_jax import checkpoint, optim, sharding
+    from cir_jax.warm_start import warm_start
 
     check_experiment(config)
     steps, seed = config.train.steps, config.train.seed
@@ -261,7 +231,7 @@ def train(config: Experiment, workdir: Path) -> Path:
             state = states.restore(first, sharding.placed(abstract, places))
         else:
             state = jax.jit(init, out_shardings=places)(jax.random.key(seed))
-            state = warm_start(state, config.init)
+            state = warm_start(state, config)
         batches = training_batches(config, first)
         with progress("training", steps, first) as advance:
             for number in range(first, steps):
@@ -295,6 +265,7 @@ def training_batches(config: Experiment, start: int):
         [training_set(data) for data in config.data],
         [data.weight for data in config.data],
         config.method.inputs,
+        blocks=[data.block for data in config.data],
         batch_size=config.train.batch_size,
         seed=config.train.seed,
         start=start,

@@ -14,22 +14,39 @@ from cir_jax.data.benchmark import Dataset
 from cir_jax.data.inputs import Inputs, prepare_batch
 
 
-def _example(raw: Mapping, rng: np.random.Generator, inputs: Inputs, augmented: bool) -> dict:
-    """Arrays of one training pair, without a batch axis."""
-    example = {}
-    for part in ("query", "item"):
-        values = dict(raw[part])
-        if "texts" in values:
-            texts = values.pop("texts")
-            values["text"] = texts[rng.integers(len(texts))]
-            if augmented:
-                values["text"] = drop_words(values["text"], rng)
-        if augmented and "image" in values:
-            values["image"] = augment(values["image"], rng)
-        example[part] = {k: v[0] for k, v in prepare_batch([values], inputs).items()}
-    if "group" in raw:
-        example["item"]["group"] = np.int32(raw["group"])
-    return example
+def _examples(raws: Sequence[Mapping], rng: np.random.Generator, inputs: Inputs, augmented: bool) -> dict:
+    """Arrays of training pairs."""
+    pairs = [{part: _drawn(raw[part], rng, augmented) for part in ("query", "item")} for raw in raws]
+    batch = {part: prepare_batch([pair[part] for pair in pairs], inputs) for part in pairs[0]}
+    if "group" in raws[0]:
+        batch["item"]["group"] = np.array([raw["group"] for raw in raws], np.int32)
+    return batch
+
+
+def _drawn(side: Mapping, rng: np.random.Generator, augmented: bool) -> dict:
+    """One side of a pair as this step shows it: one of its wordings, its picture changed a little."""
+    values = dict(side)
+    if "texts" in values:
+        texts = values.pop("texts")
+        values["text"] = texts[rng.integers(len(texts))]
+        if augmented:
+            values["text"] = drop_words(values["text"], rng)
+    if augmented and "image" in values:
+        values["image"] = augment(values["image"], rng)
+    return values
+
+
+class _Blocks:
+    """A data set as runs of consecutive rows; an incomplete last run is left out."""
+
+    def __init__(self, dataset: Dataset, size: int):
+        self.dataset, self.size = dataset, size
+
+    def __len__(self) -> int:
+        return len(self.dataset) // self.size
+
+    def __getitem__(self, number: int) -> list[Mapping]:
+        return [self.dataset[number * self.size + row] for row in range(self.size)]
 
 
 class _Part:
@@ -48,15 +65,24 @@ class _Part:
 
 
 def _stream(
-    dataset: Dataset, inputs: Inputs, *, seed, batch_size, start, process, processes, augmented
+    dataset: Dataset, block, inputs: Inputs, *, seed, batch_size, start, process, processes, augmented
 ):
     """Batches of one data set, from its own batch number `start` on."""
-    transform = lambda raw, rng: _example(raw, rng, inputs, augmented)
-    # The transform belongs to the endless data set: its random numbers are the row's, whoever computes it.
-    rows = grain.MapDataset.source(dataset).seed(seed).shuffle().repeat(None).random_map(transform)
-    part = grain.MapDataset.source(_Part(rows, start, batch_size, process, processes))
-    options = grain.ReadOptions(num_threads=4, prefetch_buffer_size=256)
-    return iter(part.to_iter_dataset(options).batch(batch_size // processes, drop_remainder=True))
+    transform = lambda raws, rng: _examples(raws, rng, inputs, augmented)
+    blocks = grain.MapDataset.source(_Blocks(dataset, block)).seed(seed)
+    # The transform belongs to the endless data set: its random numbers are the block's, whoever computes it.
+    blocks = blocks.shuffle().repeat(None).random_map(transform)
+    size = batch_size // block
+    part = grain.MapDataset.source(_Part(blocks, start, size, process, processes))
+    options = grain.ReadOptions(num_threads=4, prefetch_buffer_size=max(2, 256 // block))
+    batches = part.to_iter_dataset(options).batch(size // processes, drop_remainder=True)
+    return iter(batches.map(_joined))
+
+
+def _joined(batch: Mapping) -> dict:
+    """Blocks `[N, block, …]` as rows `[N * block, …]`."""
+    rows = lambda x: x.reshape(-1, *x.shape[2:])
+    return {part: {name: rows(x) for name, x in arrays.items()} for part, arrays in batch.items()}
 
 
 def turns(weights: Sequence[int]) -> list[int]:
@@ -70,6 +96,7 @@ def train_batches(
     weights: Sequence[int],
     inputs: Inputs,
     *,
+    blocks: Sequence[int] = (),
     batch_size: int,
     seed: int,
     start: int = 0,
@@ -82,10 +109,15 @@ def train_batches(
     Args:
       datasets: of raw pairs `{"query": …, "item": …, "group": int}`; `texts` offers several wordings, one is drawn.
       weights: batches of each data set per round (`turns`).
-      batch_size: rows of the global batch; must divide by `processes`.
+      blocks: per data set, how many of its consecutive rows stay together in a batch; empty: one each.
+      batch_size: rows of the global batch; must divide by `processes` times every block.
     """
-    if batch_size % processes:
-        raise ValueError(f"batch_size {batch_size} does not divide by {processes} processes")
+    blocks = blocks or [1] * len(datasets)
+    if min(blocks) < 1 or any(batch_size % (processes * block) for block in blocks):
+        raise ValueError(
+            f"batch_size {batch_size} does not divide into blocks of {list(blocks)} rows for each of "
+            f"{processes} processes"
+        )
     if min(weights) < 1:
         raise ValueError(f"data weights {list(weights)}: each must be at least 1")
     order = turns(weights)
@@ -94,6 +126,7 @@ def train_batches(
     streams = [
         _stream(
             dataset,
+            blocks[number],
             inputs,
             seed=seed + number,
             batch_size=batch_size,

@@ -35,7 +35,8 @@ class Reranker(Protocol):
 
     `query` and `item` compute what depends on one side alone, as trees whose leaves begin with the batch axis, so
     that each is computed once however many pairs it is part of. `score` takes queries `[B, …]` and for each its own
-    candidates, items `[B, K, …]`, and gives `[B, K]`; a larger score is better.
+    candidates, items `[B, K, …]`, and gives `[B, K]`; a larger score is better. A class may have `starts`: by the type
+    of another method's config, a function of own and other parameters that gives those to begin training with.
     """
 
     query_kinds: tuple[set[str], ...]

@@ -22,7 +22,13 @@ from cir_jax.encoders.blip import (
 )
 from cir_jax.encoders.layers import Dtype, Linear, subkey
 from cir_jax.encoders.vit import VIT_B16_384, Vit, VitConfig
-from cir_jax.methods.blip_cir import BLIP_INPUTS, check_query, check_towers, tiny_towers
+from cir_jax.methods.blip_cir import (
+    BLIP_INPUTS,
+    BlipCirConfig,
+    check_query,
+    check_towers,
+    tiny_towers,
+)
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,16 @@ class Head(nnx.Module):
         return self.down(jax.nn.relu(self.up(x)))[..., 0]
 
 
+def start_from_stage1(params: Mapping, stage1: Mapping) -> dict:
+    """Parameters of a `BlipRerank` started from those of a `BlipCir` with the same encoders.
+
+    The picture encoder is taken over, the text encoder becomes `fusion` and, doubled, the start of both branches.
+    Head and merging layers keep their values from `params`.
+    """
+    text = two_branches(stage1["text"], params["text"]["blocks"])
+    return {**params, "image": stage1["image"], "fusion": stage1["text"], "text": text}
+
+
 class BlipRerank(nnx.Module):
     """Reranker for queries of a reference picture and a text.
 
@@ -68,6 +84,7 @@ class BlipRerank(nnx.Module):
     """
 
     query_kinds = ({"image", "text"},)
+    starts = {BlipCirConfig: start_from_stage1}
 
     def __init__(self, config: BlipRerankConfig, rngs: nnx.Rngs):
         check_towers(config)
@@ -115,13 +132,3 @@ class BlipRerank(nnx.Module):
         items = self.item(batch["item"], subkey(key, 1))
         scores = self.score_all(queries, items, subkey(key, 2))
         return losses.listwise(scores, batch["item"].get("group"))
-
-
-def start_from_stage1(params: Mapping, stage1: Mapping) -> dict:
-    """Parameters of a `BlipRerank` started from those of a `BlipCir` with the same encoders.
-
-    The picture encoder is taken over, the text encoder becomes `fusion` and, doubled, the start of both branches.
-    Head and merging layers keep their values from `params`.
-    """
-    text = two_branches(stage1["text"], params["text"]["blocks"])
-    return {**params, "image": stage1["image"], "fusion": stage1["text"], "text": text}

@@ -1,0 +1,62 @@
+"""Parameters that training begins with instead of random ones: `Experiment.init`."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from cir_jax import optim
+from cir_jax.config import Experiment
+from cir_jax.methods import METHODS, method_name
+from cir_jax.model import load
+
+
+def warm_start(state, config: Experiment):
+    """The first state of a run with the parts that `config.init` names taken from elsewhere.
+
+    An entry `prefix: source` may name a model, whose parameters are put under the prefix ("" is the whole model); a
+    `.npy` file, which becomes the parameter of that path or, if it has fewer rows, its first rows; or for "" a model of
+    another method that this one says how to start from (`starts`).
+
+    Raises:
+      ValueError: the source has parameters for which this model has no place of that shape.
+    """
+    params = optim.join(state["params"], state["frozen"])
+    places = jax.tree.map(lambda x: x.sharding, params)
+    for prefix, source in config.init.items():
+        params = _started(params, prefix, source, config.method)
+    params = jax.tree.map(jax.device_put, params, places)
+    trained, frozen = optim.split_frozen(params, config.optim.frozen)
+    return {**state, "params": trained, "frozen": frozen}
+
+
+def _started(params, prefix: str, source: str, method):
+    """The parameters with those of one entry of `init`."""
+    if Path(source).suffix == ".npy":
+        return _replaced(params, {prefix: _table(params, prefix, source)}, source)
+    model = load(source)
+    starts = getattr(METHODS[method_name(method)][1], "starts", {})
+    if not prefix and type(model.config) in starts:
+        theirs = traverse_util.flatten_dict(starts[type(model.config)](params, model.params), sep="/")
+    else:
+        theirs = traverse_util.flatten_dict(model.params, sep="/")
+        theirs = {f"{prefix}/{name}" if prefix else name: x for name, x in theirs.items()}
+    return _replaced(params, theirs, source)
+
+
+def _table(params, name: str, source: str) -> np.ndarray:
+    """The array of a file, completed with the last rows of the parameter it starts if it has fewer."""
+    rows = np.load(source, allow_pickle=False).astype(np.float32)
+    own = traverse_util.flatten_dict(params, sep="/").get(name, rows)
+    fits = own.ndim == rows.ndim and own.shape[1:] == rows.shape[1:] and len(rows) < len(own)
+    return np.concatenate([rows, np.asarray(own)[len(rows) :]]) if fits else rows
+
+
+def _replaced(params, theirs: dict, source: str):
+    """The parameters with `theirs`, by path, in their places."""
+    flat = traverse_util.flatten_dict(params, sep="/")
+    astray = sorted(n for n, x in theirs.items() if n not in flat or flat[n].shape != x.shape)
+    if astray:
+        raise ValueError(f"init: {source} does not fit the model at {', '.join(astray[:5])}")
+    return traverse_util.unflatten_dict({**flat, **theirs}, sep="/")
