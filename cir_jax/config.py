@@ -72,8 +72,9 @@ class Experiment(Generic[MethodConfig]):
     """Everything a training run needs.
 
     `evals` are benchmarks as `name/variant/split`; the checkpoint with the best mean of `best` over them is kept.
-    `init` maps a parameter prefix to the checkpoint it starts from, the prefix "" being the whole model, or the path of
-    one parameter to an `.npy` file.
+    A re-ranker is measured on the 50 best candidates of the model `retriever`. `init` maps a parameter prefix to the
+    checkpoint it starts from, the prefix "" being the whole model, or the path of one parameter to an `.npy` file
+    (`cir_jax.warm_start`).
     """
 
     method: MethodConfig
@@ -83,6 +84,7 @@ class Experiment(Generic[MethodConfig]):
     mesh: Mesh = Mesh()
     init: Mapping[str, str] = field(default_factory=dict)
     evals: tuple[str, ...] = ()
+    retriever: str = ""
     best: str = "recall@10"
 
 

@@ -1,6 +1,8 @@
 """`python -m cir_jax.eval CONFIG [--output DIR]`: benchmarks, a table, results.json and per-query ranks."""
 
+import dataclasses
 import datetime
+import itertools
 import platform
 import sys
 import time
@@ -16,7 +18,11 @@ import tyro
 
 from cir_jax import files, metrics
 from cir_jax.config import Evaluation, Run, load_config
+from cir_jax.data.documents import DocumentSpec
 
+# Queries of documents ask the same everywhere, whatever language models are installed.
+DOCUMENTS = DocumentSpec(source="builtin")
+SHOWN = ("recall@1", "recall@5", "recall@10", "mrr")  # in the table; the rest is in results.json
 TIMED = 10  # hits of the searches that are timed, and compared between indexes
 SCANN_DEPTH = 100  # how many hits are asked of an approximate index
 SCANN_RECALL = 0.99  # what a ScaNN index is tuned to, against the exact list
@@ -28,12 +34,14 @@ class Arguments:
     """Evaluate retrieval.
 
     CONFIG is a .py file that defines `config = Evaluation(…)`, or the name of a packaged one (`emoji`). Prints a
-    table and writes DIR/results.json and the ranks of every query.
+    table and writes DIR/results.json, the ranks of every query, and DIR/report.html, which shows them in pictures.
     """
 
     config: tyro.conf.Positional[str]
     output: Path | None = None
-    """folder for results.json and the ranks; without it `results/CONFIG`"""
+    """folder for results.json, report.html and the ranks; without it `results/CONFIG`"""
+    variant: tuple[str, ...] = ()
+    """measure on these variants of the benchmarks instead (the emoji have noto and twemoji; of several the mean too)"""
 
 
 @lru_cache(maxsize=8)
@@ -49,90 +57,163 @@ def named_benchmark(name: str):
     return open_benchmark(*parts)
 
 
-def measure(model, name: str) -> dict[str, float]:
-    """Metrics of a model on the benchmark `name/variant/split` with exact search; used during training."""
-    from cir_jax.index import ExactIndex
-    from cir_jax.retrieval import retrieve
+def measure(model, name: str, retriever=None, k: int = 50) -> dict[str, float]:
+    """Metrics of a model on the benchmark `name/variant/split` with exact search; used during training.
 
-    benchmark = named_benchmark(name)
-    index = ExactIndex(model.encode("item", benchmark.gallery))
-    queries = model.encode("query", benchmark.queries)
+    A re-ranker is measured on the k best candidates of a retriever (a `Model`).
+    """
+    from cir_jax.index import ExactIndex
+    from cir_jax.retrieval import Queries, rerank, retrieve, score_candidates
+
+    benchmark, first = named_benchmark(name), retriever or model
+    index = ExactIndex(first.encode("item", benchmark.gallery))
+    queries = first.encode("query", Queries(benchmark.queries, 1, DOCUMENTS))
     hits = retrieve(index, queries, metrics.depth(benchmark), benchmark.exclude)
+    if retriever is not None:
+        asked = Queries(benchmark.queries, 2, DOCUMENTS)
+        pictures = lambda rows: [benchmark.gallery[row] for row in rows]
+        hits = rerank(hits, score_candidates(model, asked, pictures, hits.rows[:, :k]))
     return metrics.evaluate(hits.rows, benchmark)
+
+
+@lru_cache(maxsize=8)
+def _model(name: str):
+    from cir_jax.model import load
+
+    return load(name)
 
 
 @lru_cache(maxsize=4)
 def _vectors(retriever: str, name: str):
-    """(model, query vectors, item vectors, milliseconds per query spent encoding) of a benchmark."""
-    from cir_jax.model import load
+    """(query vectors, item vectors, milliseconds per query spent encoding) of a benchmark."""
+    from cir_jax.retrieval import Queries
 
-    model, benchmark = load(retriever), named_benchmark(name)
+    model, benchmark = _model(retriever), named_benchmark(name)
     items = model.encode("item", benchmark.gallery)
-    model.encode("query", benchmark.queries)  # compiles, so that the timed pass does not
+    asked = Queries(benchmark.queries, 1, DOCUMENTS)
+    model.encode("query", asked)  # compiles, so that the timed pass does not
     start = time.perf_counter()
-    queries = model.encode("query", benchmark.queries)
-    return model, queries, items, 1000 * (time.perf_counter() - start) / max(1, len(queries))
+    queries = model.encode("query", asked)
+    return queries, items, 1000 * (time.perf_counter() - start) / max(1, len(benchmark.queries))
 
 
-def _tuning_queries(run: Run, model) -> np.ndarray | None:
+@lru_cache(maxsize=4)
+def _known_scores(reranker: str, name: str) -> dict[tuple[int, int], float]:
+    """Scores of a re-ranker on a benchmark by (query, gallery row), so that no pair is scored twice."""
+    return {}
+
+
+def _candidate_scores(run: Run, rows: np.ndarray) -> tuple[np.ndarray, float]:
+    """Scores `[Q, K]` of the run's re-ranker, and the milliseconds per newly scored pair."""
+    from cir_jax.retrieval import Queries, score_candidates
+
+    benchmark, known = named_benchmark(run.benchmark), _known_scores(run.reranker, run.benchmark)
+    missing = rows.copy()
+    for query, row in zip(*np.nonzero(rows >= 0)):
+        if (query, rows[query, row]) in known:
+            missing[query, row] = -1
+    pictures = lambda rows: [benchmark.gallery[row] for row in rows]
+    asked, start = Queries(benchmark.queries, 2, DOCUMENTS), time.perf_counter()
+    scores = score_candidates(_model(run.reranker), asked, pictures, missing)
+    new = np.nonzero(missing >= 0)
+    known |= {(q, missing[q, place]): scores[q, place] for q, place in zip(*new)}
+    spent = 1000 * (time.perf_counter() - start) / max(1, len(new[0]))
+    get = lambda query, row: known.get((query, row), -np.inf)
+    return np.array([[get(q, row) for row in each] for q, each in enumerate(rows)]), spent
+
+
+def _tuning_queries(run: Run) -> np.ndarray | None:
     """Query vectors of the validation split, on which an approximate index is tuned; None if that is evaluated."""
+    from cir_jax.retrieval import Queries
+
     name, variant, split = run.benchmark.split("/")
     if split == "val":
         return None
-    return model.encode("query", named_benchmark(f"{name}/{variant}/val").queries)
+    asked = Queries(named_benchmark(f"{name}/{variant}/val").queries, 1, DOCUMENTS)
+    vectors = _model(run.retriever).encode("query", asked)
+    return vectors[0][vectors[1]] if isinstance(vectors, tuple) else vectors
 
 
-def _searched(run: Run, model, queries, items):
+def _searched(run: Run, queries, items):
     """(index, deep hits for the metrics, milliseconds per query of a search for 10 with the index warm)."""
     from cir_jax.index import make_index
     from cir_jax.retrieval import retrieve
 
     benchmark, tuning = named_benchmark(run.benchmark), {}
     if run.index == "scann":
-        tuning = {"recall": SCANN_RECALL, "k": TIMED, "queries": _tuning_queries(run, model)}
+        tuning = {"recall": SCANN_RECALL, "k": TIMED, "queries": _tuning_queries(run)}
     index = make_index(run.index, items, ids=benchmark.ids, **tuning)
     k = metrics.depth(benchmark) if index.kind == "exact" else min(SCANN_DEPTH, len(items))
     retrieve(index, queries, TIMED, benchmark.exclude)
     start = time.perf_counter()
     retrieve(index, queries, TIMED, benchmark.exclude)
-    searching = 1000 * (time.perf_counter() - start) / len(queries)
+    searching = 1000 * (time.perf_counter() - start) / len(benchmark.queries)
     return index, retrieve(index, queries, k, benchmark.exclude), searching
 
 
-def evaluate_run(run: Run) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """One row of results.json, and its arrays per query: `ids`, `rows`, `scores`, `rank`, and one per metric."""
+def evaluate_run(run: Run) -> list[tuple[dict[str, Any], dict[str, np.ndarray]]]:
+    """For each stage a row of results.json, and its arrays: `ids`, `rows`, `scores`, `rank`, and one per metric."""
     from cir_jax.index import ExactIndex
-    from cir_jax.retrieval import retrieve
+    from cir_jax.retrieval import rerank, retrieve
 
     benchmark = named_benchmark(run.benchmark)
-    model, queries, items, encoding = _vectors(run.retriever, run.benchmark)
-    index, hits, searching = _searched(run, model, queries, items)
+    queries, items, encoding = _vectors(run.retriever, run.benchmark)
+    index, hits, searching = _searched(run, queries, items)
+    spent = {"encode": encoding, "search": searching}
+    first = _outcome(run, 1, index, hits, spent)
+    if index.kind == "scann":
+        near, exact = (
+            retrieve(i, queries, TIMED, benchmark.exclude) for i in (index, ExactIndex(items))
+        )
+        first[0]["index_recall@10"] = metrics.overlap(near.rows, exact.rows)
+    if run.reranker is None:
+        return [first]
+    candidates = hits.rows[:, : run.k]
+    scores, per_pair = _candidate_scores(run, candidates)
+    spent |= {"rerank": per_pair * candidates.shape[1]}
+    second = _outcome(run, 2, index, rerank(hits, scores, run.fusion), spent)
+    second[0].update(_gain(first, second))
+    return [first, second]
+
+
+def _outcome(run: Run, stage: int, index, hits, spent):
+    """Row and arrays of one stage, from its hits and the milliseconds per query of each part."""
+    benchmark = named_benchmark(run.benchmark)
     values = metrics.per_query(hits.rows, benchmark)
+    models = [run.retriever, run.reranker][:stage]
     row = {
         "benchmark": benchmark.name,
         "variant": benchmark.variant,
         "split": benchmark.split,
         "run": run.retriever,
-        "stage": 1,
+        "stage": stage,
         "index": index.kind,
         "index_asked": run.index,
-        "queries": len(queries),
-        "gallery": len(items),
+        "queries": len(benchmark.queries),
+        "gallery": len(benchmark.gallery),
         "depth": hits.rows.shape[1],
         **_summary(values),
         "random": metrics.random_level(benchmark, length=hits.rows.shape[1]),
-        "milliseconds_per_query": encoding + searching,
-        "milliseconds": {"encode": encoding, "search": searching},
-        "checkpoints": [{"name": run.retriever, "fingerprint": model.fingerprint}],
+        "milliseconds_per_query": sum(spent.values()),
+        "milliseconds": dict(spent),
+        "checkpoints": [{"name": m, "fingerprint": _model(m).fingerprint} for m in models],
     }
-    if index.kind == "scann":
-        near, exact = (
-            retrieve(i, queries, TIMED, benchmark.exclude) for i in (index, ExactIndex(items))
-        )
-        row["index_recall@10"] = metrics.overlap(near.rows, exact.rows)
+    if len(benchmark.rules):
+        row["rules"] = metrics.by_rule(values, benchmark.rules)
+    if stage == 2:
+        row |= {"reranker": run.reranker, "k": run.k, "fusion": run.fusion}
     rank = metrics.ranks(hits.rows, benchmark.positives, benchmark.exclude)
     ids = np.array([str(query.get("id", number)) for number, query in enumerate(benchmark.queries)])
     return row, {"ids": ids, "rows": hits.rows, "scores": hits.scores, "rank": rank, **values}
+
+
+def _gain(first, second) -> dict[str, dict[str, float]]:
+    """What the second stage changed in each metric, and the p-value of a paired randomisation test."""
+    values = {name: (first[1][name], second[1][name]) for name in first[0]["metrics"]}
+    return {
+        "gain": {name: float((after - before).mean()) for name, (before, after) in values.items()},
+        "p": {name: metrics.paired_p(after, before) for name, (before, after) in values.items()},
+    }
 
 
 def _summary(values) -> dict[str, dict]:
@@ -153,20 +234,27 @@ def pooled(results: list[tuple[dict, dict]]) -> list[dict[str, Any]]:
         style, _, flags = row["variant"].partition("-")
         key = (row["benchmark"], flags, row["split"], row["run"], row["index_asked"])
         groups[key].append((style, row, arrays))
-    return [_mean_row(key[1], *zip(*group)) for key, group in groups.items() if len(group) > 1]
+    found = []
+    for (_, flags, *_), group in groups.items():
+        stages = [[each for each in group if each[1]["stage"] == stage] for stage in (1, 2)]
+        means = [_mean_outcome(flags, *zip(*each)) for each in stages if len(each) > 1]
+        if len(means) == 2:
+            means[1][0].update(_gain(*means))
+        found += [row for row, _ in means]
+    return found
 
 
-def _mean_row(flags, styles, rows, arrays) -> dict[str, Any]:
-    """The row of the mean over styles of one evaluation."""
+def _mean_outcome(flags, styles, rows, arrays):
+    """Row and arrays of the mean over styles of one stage of an evaluation."""
     values = {name: np.mean([a[name] for a in arrays], axis=0) for name in rows[0]["metrics"]}
-    mean = {k: v for k, v in rows[0].items() if k != "ranks"}
+    mean = {k: v for k, v in rows[0].items() if k not in ("ranks", "rules")}
     mean |= {"variant": "-".join(filter(None, ("+".join(styles), flags))), **_summary(values)}
     for name in ("milliseconds_per_query", "index_recall@10"):
         if name in mean:
             mean[name] = float(np.mean([row[name] for row in rows]))
     for name in ("milliseconds", "random"):
         mean[name] = {k: float(np.mean([row[name][k] for row in rows])) for k in mean[name]}
-    return mean
+    return mean, values
 
 
 def environment() -> dict[str, Any]:
@@ -188,10 +276,23 @@ def environment() -> dict[str, Any]:
     }
 
 
+def with_variants(evaluation: Evaluation, variants: tuple[str, ...]) -> Evaluation:
+    """The same runs on other variants: `noto-full` becomes `twemoji-full` for `twemoji`."""
+    if not variants:
+        return evaluation
+    runs = []
+    for run, variant in itertools.product(evaluation.runs, variants):
+        name, old, split = run.benchmark.split("/")
+        new = "-".join([variant, *old.split("-")[1:]])
+        runs.append(dataclasses.replace(run, benchmark=f"{name}/{new}/{split}"))
+    return Evaluation(tuple(runs))
+
+
 def evaluate(evaluation: Evaluation, output: Path) -> list[dict[str, Any]]:
-    """Carry out every run, write `results.json` and one `.npz` per run, and return the rows."""
+    """Carry out every run; write `results.json`, `report.html` and one `.npz` per stage; return the rows."""
     import jax
 
+    from cir_jax.eval_report import evaluation_page
     from cir_jax.progress import progress
 
     output.mkdir(parents=True, exist_ok=True)
@@ -201,53 +302,63 @@ def evaluate(evaluation: Evaluation, output: Path) -> list[dict[str, Any]]:
         progress("evaluating", len(evaluation.runs)) as advance,
     ):
         for run in evaluation.runs:
-            row, arrays = evaluate_run(run)
-            model = f"{Path(run.retriever).name}-{row['checkpoints'][0]['fingerprint']}"
-            names = (row["benchmark"], row["variant"], row["split"], model, run.index)
-            row["ranks"] = f"{'-'.join(names)}.npz"
-            with files.write_atomically(output / row["ranks"]) as part:
-                np.savez_compressed(part, **arrays)
-            results.append((row, arrays))
+            for row, arrays in evaluate_run(run):
+                row["ranks"] = f"{_file_name(row)}.npz"
+                with files.write_atomically(output / row["ranks"]) as part:
+                    np.savez_compressed(part, **arrays)
+                results.append((row, arrays))
             advance(1)
     rows = [row for row, _ in results] + pooled(results)
     result = {"format": files.FORMAT, "environment": environment(), "rows": rows}
     files.write_json(output / "results.json", result)
+    evaluation_page(output / "report.html", results, _benchmark_of)
     return rows
 
 
+def _benchmark_of(row):
+    return named_benchmark(f"{row['benchmark']}/{row['variant']}/{row['split']}")
+
+
+def _file_name(row) -> str:
+    """What distinguishes one stage of one run, as a file name."""
+    models = [f"{Path(c['name']).name}-{c['fingerprint']}" for c in row["checkpoints"]]
+    names = (row["benchmark"], row["variant"], row["split"], *models, row["index_asked"])
+    return "-".join(names)
+
+
 def print_table(rows: list[dict[str, Any]]) -> None:
-    """One line per row; metrics in percent with their 95 % interval, then the random level."""
+    """One line per row; metrics in percent with their 95 % interval, then the gain of stage 2 and the random level."""
     from rich.console import Console
     from rich.table import Table
 
     names = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
-    table = Table(
-        "benchmark",
-        "index",
-        "queries",
-        "gallery",
-        *names,
-        "random R@10",
-        "encode ms",
-        "search ms",
-        "index recall",
-        box=None,
-    )
+    names = [name for name in names if name in SHOWN]
+    table = Table("benchmark", "stage", "index", "queries", "gallery", *names, box=None)
+    for title in ("gain R@1", "p", "random R@1", "R@10", "ms", "index recall"):
+        table.add_column(title)
     for row in rows:
-        cells = [_percent(row, name) for name in names]
         recall = f"{row['index_recall@10']:.3f}" if "index_recall@10" in row else ""
         table.add_row(
             f"{row['benchmark']}/{row['variant']}/{row['split']}",
+            str(row["stage"]),
             row["index"],
             str(row["queries"]),
             str(row["gallery"]),
-            *cells,
-            f"{100 * row['random'].get('recall@10', float('nan')):.1f}",
-            f"{row['milliseconds']['encode']:.2f}",
-            f"{row['milliseconds']['search']:.3f}",
+            *(_percent(row, name) for name in names),
+            *_gain_cells(row),
+            *(f"{100 * row['random'].get(f'recall@{k}', float('nan')):.2g}" for k in (1, 10)),
+            f"{row['milliseconds_per_query']:.2f}",
             recall,
         )
-    Console(width=None if sys.stdout.isatty() else 170, markup=False).print(table)
+    Console(width=None if sys.stdout.isatty() else 190, markup=False).print(table)
+
+
+def _gain_cells(row) -> tuple[str, str]:
+    """What stage 2 gained in recall@1, in points, and how probable that is by chance."""
+    if "recall@1" not in row.get("gain", ()):
+        return "", ""
+    p = row["p"]["recall@1"]
+    return f"{100 * row['gain']['recall@1']:+.1f}", "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def _percent(row, name) -> str:
@@ -261,8 +372,8 @@ def main(argv: list[str] | None = None) -> None:
     arguments = tyro.cli(Arguments, args=argv, prog="python -m cir_jax.eval")
     evaluation = load_config(arguments.config, Evaluation)
     output = arguments.output or Path("results") / Path(arguments.config).stem
-    print_table(evaluate(evaluation, output))
-    print(f"results and ranks in {output}")
+    print_table(evaluate(with_variants(evaluation, arguments.variant), output))
+    print(f"results and ranks in {output}; pictures and curves in {output / 'report.html'}")
 
 
 if __name__ == "__main__":

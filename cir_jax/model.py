@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from cir_jax import sharding
 from cir_jax.checkpoint import read_model
 from cir_jax.data.inputs import prepare_batch, shorten
-from cir_jax.methods import METHODS, method_name
+from cir_jax.methods import METHODS, method_name, reranks
 
 PACKAGED = Path(__file__).resolve().parent / "weights"
 
@@ -49,11 +49,6 @@ class Model:
     fingerprint: str = ""
     name: str = ""
 
-    @property
-    def reranks(self) -> bool:
-        """True if its method scores pairs (a `Reranker`); then it makes no vectors to search with."""
-        return hasattr(METHODS[method_name(self.config)][1], "score")
-
     def encode(
         self,
         part: Literal["query", "item"],
@@ -77,7 +72,7 @@ class Model:
           ValueError: an example without what the method needs, a picture that cannot be read, or a re-ranker, which
             scores pairs instead (`features`, `score`).
         """
-        if self.reranks:
+        if reranks(self.config):
             raise ValueError(
                 f"{self.name or 'this model'} is a re-ranker: it scores pairs and makes no vectors to search with; "
                 "use it for the second stage, behind a retriever"

@@ -9,9 +9,10 @@ import tyro
 
 @dataclass(frozen=True)
 class Arguments:
-    """Search an index with a text, a picture, or both; prints a table, and writes a page with the pictures.
+    """Search an index with a text, a picture, both, or a document; prints a table, and writes a page with the pictures.
 
-    INDEX is a folder made by `python -m cir_jax.index`. The model that made its vectors encodes the query.
+    INDEX is a folder made by `python -m cir_jax.index`. The model that made its vectors encodes the query; a second
+    model may order the best candidates again (--rerank).
     """
 
     index: tyro.conf.Positional[Path]
@@ -19,6 +20,12 @@ class Arguments:
     """what to look for"""
     image: Path | None = None
     """a picture to look for, or to be changed by --text"""
+    document: Path | None = None
+    """a text file to find pictures for: its entities ask one by one, its summary in the second stage"""
+    rerank: str | None = None
+    """a model for the second stage; for documents also the first one again"""
+    candidates: int = 50
+    """how many of the best the second stage looks at"""
     k: int = 10
     """how many results"""
     html: Path | None = None
@@ -27,21 +34,32 @@ class Arguments:
     """the model, if it is no longer where the index remembers it"""
 
 
+def read_document(path: Path) -> str:
+    """The text of a UTF-8 file."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is no UTF-8 text ({error.reason} at byte {error.start})"
+        ) from None
+
+
 def print_results(results) -> None:
-    """A table of rank, score and id on stdout."""
+    """A table of rank, score, id and the stage that gave the score on stdout."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("rank", "score", "id", box=None)
+    table = Table("rank", "score", "id", "stage", box=None)
     for rank, result in enumerate(results, 1):
-        table.add_row(str(rank), f"{result.score:.4f}", result.id)
+        table.add_row(str(rank), f"{result.score:.4f}", result.id, str(result.stage))
     Console(width=None if sys.stdout.isatty() else 160, markup=False).print(table)
 
 
 def main(argv: list[str] | None = None) -> None:
     arguments = tyro.cli(Arguments, args=argv, prog="python -m cir_jax.search")
-    if arguments.text is None and arguments.image is None:
-        raise ValueError("a query needs --text, --image, or both; none was given")
+    if arguments.text is None and arguments.image is None and arguments.document is None:
+        raise ValueError("a query needs --text, --image, both, or --document; none was given")
+    document = read_document(arguments.document) if arguments.document else None
 
     from cir_jax.index import open_index
     from cir_jax.model import load
@@ -54,13 +72,21 @@ def main(argv: list[str] | None = None) -> None:
             f"{arguments.index} does not say which model made it; name it with --checkpoint"
         )
     results = search(
-        load(checkpoint), index, text=arguments.text, image=arguments.image, k=arguments.k
+        load(checkpoint),
+        index,
+        text=arguments.text,
+        image=arguments.image,
+        document=document,
+        k=arguments.k,
+        reranker=load(arguments.rerank) if arguments.rerank else None,
+        candidates=arguments.candidates,
     )
     print_results(results)
     if arguments.html:
         from cir_jax.report import search_page
 
-        search_page(arguments.html, results, index, text=arguments.text, image=arguments.image)
+        text = document if arguments.text is None else arguments.text
+        search_page(arguments.html, results, index, text=text, image=arguments.image)
         print(f"pictures in {arguments.html}")
 
 

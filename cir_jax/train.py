@@ -84,6 +84,7 @@ def check_experiment(config: Experiment) -> None:
     """Refuse, before the first step, what would only fail later."""
     from cir_jax.data.text import tokenizer
     from cir_jax.eval import named_benchmark
+    from cir_jax.methods import reranks
 
     for name in ("steps", "batch_size", "log_every", "save_every", "eval_every"):
         value = getattr(config.train, name)
@@ -99,6 +100,11 @@ def check_experiment(config: Experiment) -> None:
         known = named_benchmark(name).metrics
         if config.best not in known:
             raise ValueError(f"best is {config.best!r}; {name} has {', '.join(known)}")
+    if config.evals and reranks(config.method) != bool(config.retriever):
+        raise ValueError(
+            f"retriever is {config.retriever!r}; a re-ranker needs one, whose candidates it is measured on in `evals`, "
+            "and a retriever none"
+        )
 
 
 def check_batch(config: Experiment, mesh) -> None:
@@ -151,11 +157,12 @@ class Best:
         from cir_jax import optim, sharding
         from cir_jax.checkpoint import save_model
         from cir_jax.eval import measure
-        from cir_jax.model import Model
+        from cir_jax.model import Model, load
 
         params = sharding.gather(optim.join(state["params"], state["frozen"]))
         model = Model(self.config.method, self.graph, params)
-        results = {name: measure(model, name) for name in self.config.evals}
+        retriever = load(self.config.retriever) if self.config.retriever else None
+        results = {name: measure(model, name, retriever) for name in self.config.evals}
         score = (
             float(np.mean([r[self.config.best] for r in results.values()]))
             if results

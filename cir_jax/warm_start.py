@@ -38,7 +38,9 @@ def _started(params, prefix: str, source: str, method):
     model = load(source)
     starts = getattr(METHODS[method_name(method)][1], "starts", {})
     if not prefix and type(model.config) in starts:
-        theirs = traverse_util.flatten_dict(starts[type(model.config)](params, model.params), sep="/")
+        theirs = traverse_util.flatten_dict(
+            starts[type(model.config)](params, model.params), sep="/"
+        )
     else:
         theirs = traverse_util.flatten_dict(model.params, sep="/")
         theirs = {f"{prefix}/{name}" if prefix else name: x for name, x in theirs.items()}

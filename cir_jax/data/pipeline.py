@@ -14,9 +14,13 @@ from cir_jax.data.benchmark import Dataset
 from cir_jax.data.inputs import Inputs, prepare_batch
 
 
-def _examples(raws: Sequence[Mapping], rng: np.random.Generator, inputs: Inputs, augmented: bool) -> dict:
+def _examples(
+    raws: Sequence[Mapping], rng: np.random.Generator, inputs: Inputs, augmented: bool
+) -> dict:
     """Arrays of training pairs."""
-    pairs = [{part: _drawn(raw[part], rng, augmented) for part in ("query", "item")} for raw in raws]
+    pairs = [
+        {part: _drawn(raw[part], rng, augmented) for part in ("query", "item")} for raw in raws
+    ]
     batch = {part: prepare_batch([pair[part] for pair in pairs], inputs) for part in pairs[0]}
     if "group" in raws[0]:
         batch["item"]["group"] = np.array([raw["group"] for raw in raws], np.int32)
@@ -65,7 +69,16 @@ class _Part:
 
 
 def _stream(
-    dataset: Dataset, block, inputs: Inputs, *, seed, batch_size, start, process, processes, augmented
+    dataset: Dataset,
+    block,
+    inputs: Inputs,
+    *,
+    seed,
+    batch_size,
+    start,
+    process,
+    processes,
+    augmented,
 ):
     """Batches of one data set, from its own batch number `start` on."""
     transform = lambda raws, rng: _examples(raws, rng, inputs, augmented)

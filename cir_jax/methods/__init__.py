@@ -64,6 +64,11 @@ def method_name(config) -> str:
     return next(name for name, (kind, _) in METHODS.items() if type(config) is kind)
 
 
+def reranks(config) -> bool:
+    """True if a method's config describes a `Reranker`, False for a `Retriever`."""
+    return hasattr(METHODS[method_name(config)][1], "score")
+
+
 def build(config, rngs):
     """The module that a method's config describes."""
     return METHODS[method_name(config)][1](config, rngs)

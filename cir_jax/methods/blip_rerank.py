@@ -6,6 +6,7 @@ the other from the text. A small head scores what both found.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import jax
 from flax import nnx
@@ -84,7 +85,7 @@ class BlipRerank(nnx.Module):
     """
 
     query_kinds = ({"image", "text"},)
-    starts = {BlipCirConfig: start_from_stage1}
+    starts = MappingProxyType({BlipCirConfig: start_from_stage1})
 
     def __init__(self, config: BlipRerankConfig, rngs: nnx.Rngs):
         check_towers(config)
