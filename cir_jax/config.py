@@ -73,8 +73,8 @@ class Experiment(Generic[MethodConfig]):
 
     `evals` are benchmarks as `name/variant/split`; the checkpoint with the best mean of `best` over them is kept.
     A re-ranker is measured on the 50 best candidates of the model `retriever`. `init` maps a parameter prefix to the
-    checkpoint it starts from, the prefix "" being the whole model, or the path of one parameter to an `.npy` file
-    (`cir_jax.warm_start`).
+    checkpoint it starts from, the prefix "" being the whole model, or the path of one parameter to an `.npy` or
+    `.npz` file (`cir_jax.warm_start`).
     """
 
     method: MethodConfig

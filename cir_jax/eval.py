@@ -7,7 +7,7 @@ import platform
 import sys
 import time
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -18,10 +18,8 @@ import tyro
 
 from cir_jax import files, metrics
 from cir_jax.config import Evaluation, Run, load_config
-from cir_jax.data.documents import DocumentSpec
+from cir_jax.data.documents import BUILTIN
 
-# Queries of documents ask the same everywhere, whatever language models are installed.
-DOCUMENTS = DocumentSpec(source="builtin")
 SHOWN = ("recall@1", "recall@5", "recall@10", "mrr")  # in the table; the rest is in results.json
 TIMED = 10  # hits of the searches that are timed, and compared between indexes
 SCANN_DEPTH = 100  # how many hits are asked of an approximate index
@@ -67,10 +65,11 @@ def measure(model, name: str, retriever=None, k: int = 50) -> dict[str, float]:
 
     benchmark, first = named_benchmark(name), retriever or model
     index = ExactIndex(first.encode("item", benchmark.gallery))
-    queries = first.encode("query", Queries(benchmark.queries, 1, DOCUMENTS))
-    hits = retrieve(index, queries, metrics.depth(benchmark), benchmark.exclude)
+    queries = first.encode("query", Queries(benchmark.queries, 1, BUILTIN))
+    deep = max(metrics.depth(benchmark), k if retriever else 1)
+    hits = retrieve(index, queries, min(deep, len(index)), benchmark.exclude)
     if retriever is not None:
-        asked = Queries(benchmark.queries, 2, DOCUMENTS)
+        asked = Queries(benchmark.queries, 2, BUILTIN)
         pictures = lambda rows: [benchmark.gallery[row] for row in rows]
         hits = rerank(hits, score_candidates(model, asked, pictures, hits.rows[:, :k]))
     return metrics.evaluate(hits.rows, benchmark)
@@ -90,36 +89,44 @@ def _vectors(retriever: str, name: str):
 
     model, benchmark = _model(retriever), named_benchmark(name)
     items = model.encode("item", benchmark.gallery)
-    asked = Queries(benchmark.queries, 1, DOCUMENTS)
+    asked = Queries(benchmark.queries, 1, BUILTIN)
     model.encode("query", asked)  # compiles, so that the timed pass does not
     start = time.perf_counter()
     queries = model.encode("query", asked)
     return queries, items, 1000 * (time.perf_counter() - start) / max(1, len(benchmark.queries))
 
 
+@dataclass
+class _Scored:
+    """What a re-ranker has scored on a benchmark, so that no pair is scored twice, and how long that took."""
+
+    pairs: dict[tuple[int, int], float] = field(default_factory=dict)  # by (query, gallery row)
+    milliseconds: float = 0.0
+
+
 @lru_cache(maxsize=4)
-def _known_scores(reranker: str, name: str) -> dict[tuple[int, int], float]:
-    """Scores of a re-ranker on a benchmark by (query, gallery row), so that no pair is scored twice."""
-    return {}
+def _scored(reranker: str, name: str) -> _Scored:
+    return _Scored()
 
 
 def _candidate_scores(run: Run, rows: np.ndarray) -> tuple[np.ndarray, float]:
-    """Scores `[Q, K]` of the run's re-ranker, and the milliseconds per newly scored pair."""
+    """Scores `[Q, K]` float32 of the run's re-ranker, and its milliseconds per pair so far."""
     from cir_jax.retrieval import Queries, score_candidates
 
-    benchmark, known = named_benchmark(run.benchmark), _known_scores(run.reranker, run.benchmark)
+    benchmark, scored = named_benchmark(run.benchmark), _scored(run.reranker, run.benchmark)
     missing = rows.copy()
-    for query, row in zip(*np.nonzero(rows >= 0)):
-        if (query, rows[query, row]) in known:
-            missing[query, row] = -1
+    for query, place in zip(*np.nonzero(rows >= 0)):
+        if (query, rows[query, place]) in scored.pairs:
+            missing[query, place] = -1
     pictures = lambda rows: [benchmark.gallery[row] for row in rows]
-    asked, start = Queries(benchmark.queries, 2, DOCUMENTS), time.perf_counter()
+    asked, start = Queries(benchmark.queries, 2, BUILTIN), time.perf_counter()
     scores = score_candidates(_model(run.reranker), asked, pictures, missing)
-    new = np.nonzero(missing >= 0)
-    known |= {(q, missing[q, place]): scores[q, place] for q, place in zip(*new)}
-    spent = 1000 * (time.perf_counter() - start) / max(1, len(new[0]))
-    get = lambda query, row: known.get((query, row), -np.inf)
-    return np.array([[get(q, row) for row in each] for q, each in enumerate(rows)]), spent
+    scored.milliseconds += 1000 * (time.perf_counter() - start)
+    new = zip(*np.nonzero(missing >= 0))
+    scored.pairs.update({(q, missing[q, place]): scores[q, place] for q, place in new})
+    get = lambda query, row: scored.pairs.get((query, row), -np.inf)
+    found = [[get(query, row) for row in each] for query, each in enumerate(rows)]
+    return np.array(found, np.float32), scored.milliseconds / max(1, len(scored.pairs))
 
 
 def _tuning_queries(run: Run) -> np.ndarray | None:
@@ -129,7 +136,7 @@ def _tuning_queries(run: Run) -> np.ndarray | None:
     name, variant, split = run.benchmark.split("/")
     if split == "val":
         return None
-    asked = Queries(named_benchmark(f"{name}/{variant}/val").queries, 1, DOCUMENTS)
+    asked = Queries(named_benchmark(f"{name}/{variant}/val").queries, 1, BUILTIN)
     vectors = _model(run.retriever).encode("query", asked)
     return vectors[0][vectors[1]] if isinstance(vectors, tuple) else vectors
 
@@ -143,7 +150,8 @@ def _searched(run: Run, queries, items):
     if run.index == "scann":
         tuning = {"recall": SCANN_RECALL, "k": TIMED, "queries": _tuning_queries(run)}
     index = make_index(run.index, items, ids=benchmark.ids, **tuning)
-    k = metrics.depth(benchmark) if index.kind == "exact" else min(SCANN_DEPTH, len(items))
+    k = metrics.depth(benchmark) if index.kind == "exact" else SCANN_DEPTH
+    k = min(max(k, run.k if run.reranker else 1), len(items))
     retrieve(index, queries, TIMED, benchmark.exclude)
     start = time.perf_counter()
     retrieve(index, queries, TIMED, benchmark.exclude)
@@ -229,19 +237,21 @@ def pooled(results: list[tuple[dict, dict]]) -> list[dict[str, Any]]:
 
     The interval is over queries, since the same names are asked in every style.
     """
-    groups = defaultdict(list)
+    groups = defaultdict(dict)
     for row, arrays in results:
         style, _, flags = row["variant"].partition("-")
-        key = (row["benchmark"], flags, row["split"], row["run"], row["index_asked"])
-        groups[key].append((style, row, arrays))
-    found = []
-    for (_, flags, *_), group in groups.items():
-        stages = [[each for each in group if each[1]["stage"] == stage] for stage in (1, 2)]
-        means = [_mean_outcome(flags, *zip(*each)) for each in stages if len(each) > 1]
-        if len(means) == 2:
-            means[1][0].update(_gain(*means))
-        found += [row for row, _ in means]
-    return found
+        first = (row["benchmark"], flags, row["split"], row["run"], row["index_asked"])
+        second = tuple(row.get(name) for name in ("reranker", "k", "fusion"))
+        groups[first, second].setdefault(style, (row, arrays))
+    means = {
+        (first, second): _mean_outcome(first[1], each.keys(), *zip(*each.values()))
+        for (first, second), each in groups.items()
+        if len(each) > 1
+    }
+    for (first, second), mean in means.items():
+        if mean[0]["stage"] == 2:
+            mean[0].update(_gain(means[first, (None, None, None)], mean))
+    return [row for row, _ in means.values()]
 
 
 def _mean_outcome(flags, styles, rows, arrays):
@@ -285,7 +295,7 @@ def with_variants(evaluation: Evaluation, variants: tuple[str, ...]) -> Evaluati
         name, old, split = run.benchmark.split("/")
         new = "-".join([variant, *old.split("-")[1:]])
         runs.append(dataclasses.replace(run, benchmark=f"{name}/{new}/{split}"))
-    return Evaluation(tuple(runs))
+    return Evaluation(tuple(dict.fromkeys(runs)))
 
 
 def evaluate(evaluation: Evaluation, output: Path) -> list[dict[str, Any]]:
@@ -322,7 +332,9 @@ def _benchmark_of(row):
 def _file_name(row) -> str:
     """What distinguishes one stage of one run, as a file name."""
     models = [f"{Path(c['name']).name}-{c['fingerprint']}" for c in row["checkpoints"]]
-    names = (row["benchmark"], row["variant"], row["split"], *models, row["index_asked"])
+    names = [row["benchmark"], row["variant"], row["split"], *models, row["index_asked"]]
+    if row["stage"] == 2:
+        names.append(f"k{row['k']}" + ("" if row["fusion"] is None else f"-fusion{row['fusion']:g}"))
     return "-".join(names)
 
 

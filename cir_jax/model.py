@@ -116,6 +116,13 @@ class Model:
             return np.zeros((0, 0), np.float32)
         return jax.tree.map(lambda *parts: _stacked(parts), *batches)
 
+    def item_bytes(self) -> int:
+        """The size of the features of one item, without computing any."""
+        size = self.config.inputs.image.size
+        batch = {"image": jax.ShapeDtypeStruct((1, size, size, 3), np.float32)}
+        leaves = jax.tree.leaves(_encode.eval_shape(self.graph, self.params, "item", batch))
+        return sum(x.size * x.dtype.itemsize for x in leaves)
+
     def score(self, queries, items, rows: np.ndarray, pairs: int = 512) -> np.ndarray:
         """Scores `[Q, K]` of each query with its own candidates; larger is better.
 
@@ -130,6 +137,7 @@ class Model:
         params, queries, items = jax.device_put(held, sharding.replicated(mesh))
         places = NamedSharding(mesh, sharding.P(sharding.AXES))
         size = mesh.size * max(1, pairs // max(1, rows.shape[1]) // mesh.size)
+        size = min(size, _padded(len(rows), mesh.size))
         out = np.full(rows.shape, -np.inf, np.float32)
         for first in range(0, len(rows), size):
             chosen = np.arange(first, first + size).clip(max=len(rows) - 1)
@@ -141,21 +149,27 @@ class Model:
     def _encode_batch(self, params, part, batch, mesh):
         n = len(next(iter(batch.values())))
         places = NamedSharding(mesh, sharding.P(sharding.AXES))
-        size = mesh.size * 2 ** int(np.ceil(np.log2(max(1, n / mesh.size))))
+        size = _padded(n, mesh.size)
         pad = lambda x: np.concatenate([x, np.repeat(x[-1:], size - n, axis=0)])
         batch = jax.device_put(jax.tree.map(pad, shorten(batch)), places)
         return jax.tree.map(lambda x: np.asarray(x)[:n], _encode(self.graph, params, part, batch))
 
 
+def _padded(rows: int, devices: int) -> int:
+    """The number of rows, rounded up to a power of two for each device: few shapes to compile."""
+    return devices * 2 ** int(np.ceil(np.log2(max(1, rows / devices))))
+
+
 def _few_sizes(tree):
-    """Leaves `[n, …]` with their last row repeated up to a power of two: few shapes to compile."""
-    spare = lambda n: 2 ** int(np.ceil(np.log2(max(1, n)))) - n
-    pad = lambda x: np.concatenate([x, np.repeat(x[-1:], spare(len(x)), axis=0)])
+    """Leaves `[n, …]` with their last row repeated up to a power of two."""
+    pad = lambda x: np.concatenate([x, np.repeat(x[-1:], _padded(len(x), 1) - len(x), axis=0)])
     return jax.tree.map(pad, tree)
 
 
 def _stacked(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """Arrays of batches `[n, …]` as one, the second axis padded with zeros to the longest."""
+    """Arrays of batches `[n, …]` as one, the second axis, if any, padded with zeros to the longest."""
+    if parts[0].ndim == 1:
+        return np.concatenate(parts)
     longest = max(x.shape[1] for x in parts)
     width = lambda x: [(0, 0), (0, longest - x.shape[1])] + [(0, 0)] * (x.ndim - 2)
     return np.concatenate([np.pad(x, width(x)) for x in parts])

@@ -4,36 +4,55 @@ import html
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cir_jax import files
-from cir_jax.retrieval import Result
+
+if TYPE_CHECKING:  # it brings JAX with it
+    from cir_jax.retrieval import Result
 
 STYLE = """
-:root { color-scheme: light dark; --line: color-mix(in srgb, currentColor 16%, transparent);
-        --soft: color-mix(in srgb, currentColor 60%, transparent); --accent: #2f6fed; }
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2.5rem auto; max-width: 68rem; padding: 0 1.5rem; }
-h1 { font-size: 1.35rem; font-weight: 650; margin: 0 0 .3rem; }
-.about { color: var(--soft); margin: 0 0 1.6rem; }
-.query { display: flex; gap: 1rem; align-items: center; margin: 0 0 1.4rem; font-size: 1.1rem; }
+:root { color-scheme: light dark; --page: #f5f6f9; --card: #fff; --ink: #151a23; --soft: #5b6475;
+  --line: #e2e6ed; --track: #e8ebf2; --accent: #2460e6; --right: #0b9a68; --pale: #8d97a9; --down: #d0700d; }
+@media (prefers-color-scheme: dark) { :root { --page: #0d1015; --card: #161b23; --ink: #e9ecf2; --soft: #9aa4b5;
+  --line: #272e39; --track: #262d39; --accent: #7aa8ff; --right: #2fce95; --pale: #7b8699; --down: #f0a04b; } }
+* { box-sizing: border-box; }
+html { -webkit-text-size-adjust: 100%; }
+body { font: 15px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; color: var(--ink);
+  background: radial-gradient(70rem 26rem at 85% -9rem, color-mix(in srgb, var(--accent) 13%, transparent), transparent) no-repeat var(--page);
+  margin: 0 auto; max-width: 70rem; padding: 2.6rem clamp(1rem, 3vw, 2rem) 4rem; }
+h1 { font-size: clamp(1.6rem, 4.4vw, 2.3rem); line-height: 1.15; letter-spacing: -.022em; font-weight: 700;
+  margin: 0 0 .5rem; text-wrap: balance; }
+.about { color: var(--soft); margin: 0 0 1.7rem; }
+.query { display: flex; gap: 1rem; align-items: center; margin: 0 0 1.4rem; font-size: 1.15rem; }
 .query img { width: 96px; height: 96px; }
-.row { display: grid; grid-template-columns: repeat(auto-fill, minmax(112px, 1fr)); gap: .9rem; }
-figure { margin: 0; border: 1px solid var(--line); border-radius: .6rem; padding: .55rem; }
-figure.right { outline: 3px solid var(--accent); outline-offset: -1px; }
-img { background: #fff; border-radius: .35rem; object-fit: contain; }
+.row { display: grid; grid-template-columns: repeat(auto-fill, minmax(118px, 1fr)); gap: .9rem; }
+figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: .8rem; padding: .6rem; }
+figure.right { outline: 3px solid var(--right); outline-offset: -1px; }
+img { background: #fff; border-radius: .45rem; object-fit: contain; }
 figure img { width: 100%; aspect-ratio: 1; display: block; }
-figcaption { font-size: .78rem; margin-top: .4rem; overflow-wrap: anywhere; }
+figcaption { font-size: .8rem; margin-top: .45rem; overflow-wrap: anywhere; }
 figcaption b { font-weight: 650; } figcaption span { color: var(--soft); float: right; }
 section { margin: 0 0 2.2rem; }
 """
 
 
-def page(title: str, about: str, body: Iterable[str]) -> str:
-    """A whole HTML document; `title` and `about` are escaped, `body` is HTML."""
-    head = f"<meta charset='utf-8'><meta name='viewport' content='width=device-width'><title>{html.escape(title)}</title>"
+def page(title: str, about: str, body: Iterable[str], style: str = "") -> str:
+    """A whole HTML document; `title` and `about` are escaped, `body` is HTML and `style` more CSS."""
+    head = (
+        "<meta charset='utf-8'><meta name='viewport' content='width=device-width,initial-scale=1'>"
+        f"<title>{html.escape(title)}</title>"
+    )
     return (
-        f"<!doctype html><html lang='en'><head>{head}<style>{STYLE}</style></head><body>"
+        f"<!doctype html><html lang='en'><head>{head}<style>{STYLE}{style}</style></head><body>"
         f"<h1>{html.escape(title)}</h1><p class='about'>{html.escape(about)}</p>{''.join(body)}</body></html>\n"
     )
+
+
+def write_page(path: str | os.PathLike, text: str) -> None:
+    """Write a page whole or not at all."""
+    with files.write_atomically(path) as part:
+        Path(part).write_text(text, encoding="utf-8")
 
 
 def figure(
@@ -62,7 +81,7 @@ def query_line(text: str | None, image) -> str:
 
 def search_page(
     path: str | os.PathLike,
-    results: Sequence[Result],
+    results: "Sequence[Result]",
     index,
     *,
     text: str | None = None,
@@ -80,5 +99,4 @@ def search_page(
     ]
     about = f"{len(results)} of {len(index)} pictures, best first, with their scores"
     body = [query_line(text, image), f"<section class='row'>{''.join(figures)}</section>"]
-    with files.write_atomically(path) as part:
-        Path(part).write_text(page("Search results", about, body), encoding="utf-8")
+    write_page(path, page("Search results", about, body))

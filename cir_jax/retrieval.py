@@ -130,25 +130,23 @@ def score_candidates(
     """
     out = np.full(rows.shape, -np.inf, np.float32)
     wanted = np.nonzero((rows >= 0).any(axis=1))[0]
-    size = _queries_at_once(model, pictures, rows) if len(wanted) else 1
+    size = _queries_at_once(model, rows[wanted]) if len(wanted) else 1
     for first in range(0, len(wanted), size):
         turn = wanted[first : first + size]
         unique, places = np.unique(rows[turn], return_inverse=True)
         absent = int(unique[0] == -1)  # sorted, so -1 would stand first
-        items = model.features("item", pictures(unique[absent:].tolist()))
         asked = model.features("query", [queries[row] for row in turn])
+        items = model.features("item", pictures(unique[absent:].tolist()))
         out[turn] = model.score(asked, items, places.reshape(rows[turn].shape) - absent)
         if progress:
             progress(len(turn))
     return out
 
 
-def _queries_at_once(model, pictures, rows) -> int:
+def _queries_at_once(model, rows) -> int:
     """How many queries have candidates whose features fit `FEATURE_BYTES`."""
-    one = model.features("item", pictures([int(rows.max())]))
-    leaves = one.values() if isinstance(one, Mapping) else [one]
-    fit = FEATURE_BYTES // sum(x.nbytes for x in leaves)
-    return len(rows) if len(np.unique(rows)) <= fit else max(1, fit // rows.shape[1])
+    fit = FEATURE_BYTES // model.item_bytes()
+    return len(rows) if len(np.unique(rows[rows >= 0])) <= fit else max(1, fit // rows.shape[1])
 
 
 def rerank(hits: Hits, scores: np.ndarray, fusion: float | None = None) -> Hits:
@@ -163,10 +161,12 @@ def rerank(hits: Hits, scores: np.ndarray, fusion: float | None = None) -> Hits:
     count = scores.shape[1]
     present = hits.rows[:, :count] >= 0
     if fusion is not None:
-        first = _standardised(hits.scores[:, :count], present)
-        scores = fusion * first + (1 - fusion) * _standardised(scores, present)
-        scores = scores.astype(np.float32)
-    order = np.argsort(-scores, axis=1, kind="stable")
+        if not 0 <= fusion <= 1:
+            raise ValueError(f"fusion is {fusion}; it is the weight of stage 1, from 0 to 1")
+        first, second = (_standardised(x, present) for x in (hits.scores[:, :count], scores))
+        scores = fusion * first + (1 - fusion) * second
+    order = np.argsort(-np.where(present, scores, -np.inf), axis=1, kind="stable")
+    scores = np.where(present, scores, -np.inf).astype(np.float32)
     reordered = lambda values, new: np.concatenate(
         [np.take_along_axis(new, order, axis=1), values[:, count:]], axis=1
     )
@@ -174,12 +174,12 @@ def rerank(hits: Hits, scores: np.ndarray, fusion: float | None = None) -> Hits:
 
 
 def _standardised(scores, present):
-    """Scores with mean 0 and deviation 1 in each row; -inf where nothing is present."""
+    """Scores with mean 0 and deviation 1 in each row; 0 where nothing is present."""
     count = present.sum(axis=1, keepdims=True).clip(1)
     values = np.where(present, scores, 0.0).astype(np.float64)
     centred = np.where(present, values - values.sum(axis=1, keepdims=True) / count, 0.0)
     spread = np.sqrt((centred**2).sum(axis=1, keepdims=True) / count)
-    return np.where(present, centred / np.where(spread > 0, spread, 1.0), -np.inf)
+    return centred / np.where(spread > 0, spread, 1.0)
 
 
 def search(

@@ -16,7 +16,8 @@ def warm_start(state, config: Experiment):
     """The first state of a run with the parts that `config.init` names taken from elsewhere.
 
     An entry `prefix: source` may name a model, whose parameters are put under the prefix ("" is the whole model); a
-    `.npy` file, which becomes the parameter of that path or, if it has fewer rows, its first rows; or for "" a model of
+    `.npy` file (or `.npz` with an array `rows`), which becomes the parameter of that path or, if it has fewer rows, its
+    first rows; or for "" a model of
     another method that this one says how to start from (`starts`).
 
     Raises:
@@ -33,7 +34,7 @@ def warm_start(state, config: Experiment):
 
 def _started(params, prefix: str, source: str, method):
     """The parameters with those of one entry of `init`."""
-    if Path(source).suffix == ".npy":
+    if Path(source).suffix in (".npy", ".npz"):
         return _replaced(params, {prefix: _table(params, prefix, source)}, source)
     model = load(source)
     starts = getattr(METHODS[method_name(method)][1], "starts", {})
@@ -49,9 +50,10 @@ def _started(params, prefix: str, source: str, method):
 
 def _table(params, name: str, source: str) -> np.ndarray:
     """The array of a file, completed with the last rows of the parameter it starts if it has fewer."""
-    rows = np.load(source, allow_pickle=False).astype(np.float32)
+    loaded = np.load(source, allow_pickle=False)
+    rows = (loaded if isinstance(loaded, np.ndarray) else loaded["rows"]).astype(np.float32)
     own = traverse_util.flatten_dict(params, sep="/").get(name, rows)
-    fits = own.ndim == rows.ndim and own.shape[1:] == rows.shape[1:] and len(rows) < len(own)
+    fits = own.ndim == rows.ndim > 0 and own.shape[1:] == rows.shape[1:] and len(rows) < len(own)
     return np.concatenate([rows, np.asarray(own)[len(rows) :]]) if fits else rows
 
 

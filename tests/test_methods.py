@@ -43,6 +43,19 @@ def made(config, seed=0):
     )
 
 
+def drawn(config, seed=0):
+    """A model whose parameters numpy draws: other ones than its method would, but nothing is compiled."""
+    draw, (graph, shapes) = np.random.default_rng(seed), abstract_params(config)
+
+    def value(path, shape):
+        if sharding.path_name(path).endswith("scale"):
+            return np.ones(shape, np.float32)
+        return (0.18 * draw.standard_normal(shape)).astype(np.float32)
+
+    params = jax.tree_util.tree_map_with_path(lambda path, x: value(path, x.shape), shapes)
+    return Model(config, graph, params, name=method_name(config))
+
+
 @functools.cache
 def pairs(rows=8):
     """Training edits between different things: reference, text, target."""

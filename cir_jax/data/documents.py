@@ -61,6 +61,10 @@ class DocumentSpec:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
 
 
+# For numbers that others are to repeat: the same whatever language models are installed.
+BUILTIN = DocumentSpec(source="builtin")
+
+
 def document_query(raw: Mapping, form: Form, spec: DocumentSpec | None = None) -> dict:
     """The text, or texts, with which a document asks.
 

@@ -22,6 +22,7 @@ from typing import Literal
 import numpy as np
 
 from cir_jax.data.benchmark import Benchmark
+from cir_jax.data.documents import BUILTIN, extract
 from cir_jax.data.emoji_v1 import rules
 from cir_jax.data.emoji_v1.rules import Item, Triplet
 
@@ -30,6 +31,8 @@ VOCABULARY = FOLDER / "vocabulary.txt.gz"  # byte pairs of the training texts
 MEANINGS = (
     FOLDER / "meanings.npy"
 )  # [4000, 128] float16, where the word pieces of `VOCABULARY` start
+WORDS = FOLDER / "words.txt.gz"  # WordPiece: the English words of MiniLM's vocabulary
+WORD_MEANINGS = FOLDER / "word_meanings.npz"  # [26512, 128] float16, where the entries of `WORDS` start
 STYLES = ("noto", "twemoji")
 SPLITS = ("train", "val", "test")
 SIZE = 64  # side of a picture
@@ -215,9 +218,12 @@ def emoji_documents(
     ]
 
 
-def document_text(item: Item, masked: bool = False) -> str:
-    """The document of an emoji that has one, as it is or with its names masked."""
+def document_text(item: Item, masked: bool = False, own: bool = False) -> str:
+    """The document of an emoji that has one, as it is or with its names masked; `own`: without sentences that define
+    the subject of another split's document."""
     document = documents()[item.id]
+    if own:
+        document = {**document, "text": ". ".join(_own_sentences(item))}
     if not masked:
         return document["text"]
     first, names = _names(document)
@@ -335,6 +341,45 @@ def _near(edits):
 
 
 def document_pairs(variant: str = "both", split: Split = "train") -> list[dict]:
+    """What a document asks, its entities and its summary, and the picture.
+
+    Sentences that define the subject of another split's document are left out. Variants: a style or "both"; "-masked",
+    "-unshared".
+    """
+    style, flags = _variant(variant, ("masked", "unshared"), both=True)
+    return [
+        {
+            "query": {"texts": _asks(rows()[raw["id"]], "masked" in flags)},
+            "item": {"image": raw["image"]},
+            "group": raw["group"],
+        }
+        for raw in emoji_documents(style, split, "masked" in flags, "unshared" in flags)
+        if _own_sentences(items()[rows()[raw["id"]]])
+    ]
+
+
+@functools.cache
+def _asks(row, masked):
+    """The texts with which an emoji's document may ask; its summary as often as all entities together."""
+    found = extract({"document": document_text(items()[row], masked, own=True)}, BUILTIN)
+    return (*found.entities, *[found.summary] * len(found.entities))
+
+
+def _near(edits):
+    """The edits in rounds over their targets, which stand in the order of the gallery: variants are neighbours there."""
+    by_target = defaultdict(list)
+    for edit in edits:
+        by_target[edit["style"], rows()[edit["target_id"]]].append(edit)
+    shuffled = [np.random.default_rng(0).permutation(len(found)) for found in by_target.values()]
+    rounds = [
+        (place, target, found[i])
+        for (target, found), order in zip(by_target.items(), shuffled)
+        for place, i in enumerate(order)
+    ]
+    return [edit for *_, edit in sorted(rounds, key=lambda each: each[:2])]
+
+
+def document_pairs(variant: str = "both", split: Split = "train") -> list[dict]:
     """Document and picture. Variants: a style or "both"; "-masked", "-unshared"."""
     style, flags = _variant(variant, ("masked", "unshared"), both=True)
     return [
@@ -373,10 +418,14 @@ def composed_benchmark(
     """`emoji-composed`: find the target of a reference and an edit among all other pictures.
 
     The subset of a query is what the rule could have made of its reference: the emoji that share
-    the rule's key. Variant `noto-disjoint`: edits by concept.
+    the rule's key. Variant `noto-disjoint`: edits by concept; `noto-concepts`: of the edits by pair, those between two
+    emoji whose concepts belong to the split as well (43 of 710).
     """
-    style, flags = _variant(variant, ("disjoint",), disjoint=concept_disjoint)
-    edits = _edits(split, bool(flags))
+    style, flags = _variant(variant, ("disjoint", "concepts"), disjoint=concept_disjoint)
+    edits = _edits(split, "disjoint" in flags)
+    if "concepts" in flags:
+        inside = {items()[row].id for row in _of_split(split)}
+        edits = [edit for edit in edits if {edit.reference, edit.target} <= inside]
     references = [rows()[edit.reference] for edit in edits]
     answers = [
         [row for row in twins(style)[rows()[edit.target]] if row != reference]

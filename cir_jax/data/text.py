@@ -254,7 +254,7 @@ def train_bpe(texts: Sequence[str], size: int, path: str) -> int:
     model.train_from_iterator([clean(text) for text in _corpus(texts)], trainer)
     # Two merges can make the same piece, which the library counts once and this format twice.
     merges = json.loads(model.to_str())["model"]["merges"][: size - len(_ALPHABET) - 2]
-    _write(path, "\n".join(["#cir_jax byte-pair merges", *map(" ".join, merges)]) + "\n")
+    write_vocabulary(path, "\n".join(["#cir_jax byte-pair merges", *map(" ".join, merges)]) + "\n")
     return len(_ALPHABET) + len(merges) + 2
 
 
@@ -322,7 +322,7 @@ def train_wordpiece(texts: Sequence[str], size: int, path: str) -> int:
     )
     model.train_from_iterator(texts, trainer)
     vocabulary = model.get_vocab()
-    _write(path, "\n".join(sorted(vocabulary, key=vocabulary.get)) + "\n")
+    write_vocabulary(path, "\n".join(sorted(vocabulary, key=vocabulary.get)) + "\n")
     return len(vocabulary)
 
 
@@ -387,7 +387,7 @@ def train_sentencepiece(texts: Sequence[str], size: int, path: str) -> int:
         raise ValueError(
             f"no vocabulary of {size} ids can be trained on these texts: {error}"
         ) from error
-    _write(path, model.getvalue())
+    write_vocabulary(path, model.getvalue())
     return len(SentencePieceProcessor(model_proto=model.getvalue())) + 2
 
 
@@ -439,7 +439,8 @@ def _read_lines(path: Path) -> list[str]:
     return lines[:-1] if lines[-1] == "" else lines
 
 
-def _write(path: str, content: str | bytes) -> None:
+def write_vocabulary(path: str, content: str | bytes) -> None:
+    """Write a vocabulary file, packed if `path` ends in `.gz`; the same content gives the same bytes."""
     data = content.encode() if isinstance(content, str) else content
     if str(path).endswith(".gz"):
         packed = io.BytesIO()

