@@ -248,7 +248,7 @@ def pooled(results: list[tuple[dict, dict]]) -> list[dict[str, Any]]:
         for (first, second), each in groups.items()
         if len(each) > 1
     }
-    for (first, second), mean in means.items():
+    for (first, _), mean in means.items():
         if mean[0]["stage"] == 2:
             mean[0].update(_gain(means[first, (None, None, None)], mean))
     return [row for row, _ in means.values()]
@@ -321,7 +321,7 @@ def evaluate(evaluation: Evaluation, output: Path) -> list[dict[str, Any]]:
     rows = [row for row, _ in results] + pooled(results)
     result = {"format": files.FORMAT, "environment": environment(), "rows": rows}
     files.write_json(output / "results.json", result)
-    evaluation_page(output / "report.html", results, _benchmark_of)
+    evaluation_page(output / "report.html", results, _benchmark_of, result["environment"])
     return rows
 
 
@@ -334,7 +334,8 @@ def _file_name(row) -> str:
     models = [f"{Path(c['name']).name}-{c['fingerprint']}" for c in row["checkpoints"]]
     names = [row["benchmark"], row["variant"], row["split"], *models, row["index_asked"]]
     if row["stage"] == 2:
-        names.append(f"k{row['k']}" + ("" if row["fusion"] is None else f"-fusion{row['fusion']:g}"))
+        names.append(f"k{row['k']}")
+        names += [] if row["fusion"] is None else [f"fusion{row['fusion']:g}"]
     return "-".join(names)
 
 

@@ -142,7 +142,7 @@ def evaluation_page(
     Raises:
       ValueError: arrays of another number of queries than the benchmark has.
     """
-    entries = [Entry(*each) for each in results]
+    entries = list({_identity(row): Entry(row, arrays) for row, arrays in results}.values())
     compared = _comparisons(entries, benchmark_of)
     pictures: dict[str, str] = {}
     body = [
@@ -166,6 +166,11 @@ def evaluation_page(
 
 def _key(row):
     return tuple(row[name] for name in ("benchmark", "variant", "split", "run", "index_asked"))
+
+
+def _identity(row):
+    """What distinguishes a stage: runs that share a first stage each bring it along."""
+    return *_key(row), row["stage"], *(row.get(name) for name in ("reranker", "k", "fusion"))
 
 
 def _pairs(entries: Iterable[Entry]) -> list[tuple[Entry, Entry | None]]:
@@ -202,7 +207,7 @@ def _comparisons(entries, benchmark_of) -> list[Comparison]:
         row, benchmark = first.row, benchmark_of(first.row)
         parts = [row["variant"], row["split"]]
         if times[_key(row)[:3]] > 1:
-            parts += [_name(e.row.get("reranker", e.row["run"])) for e in (first, second) if e]
+            parts += [_system(entry.row) for entry in (first, second) if entry]
         _check(benchmark, first, second)
         compared.append(Comparison(benchmark, _escape(" · ".join(parts)), first, second))
     return compared
@@ -302,13 +307,16 @@ def _where(row) -> str:
 
 def _systems(compared: Comparison) -> str:
     """Which model stands in which stage."""
-    row = compared.first.row
-    index = "" if row["index"] == "exact" else f", {row['index']} index"
-    words = f"stage {row['stage']}: {_name(row.get('reranker', row['run']))}{index}"
-    if compared.second:
-        second = compared.second.row
-        words += f" · stage 2: {_name(second.get('reranker', '?'))}, first {second.get('k', '?')}"
-    return _escape(words)
+    rows = [each.row for each in (compared.first, compared.second) if each]
+    return _escape(" · ".join(f"stage {row['stage']}: {_system(row)}" for row in rows))
+
+
+def _system(row) -> str:
+    if row["stage"] == 1:
+        index = "" if row["index"] == "exact" else f", {row['index']} index"
+        return f"{_name(row['run'])}{index}"
+    fusion = "" if row.get("fusion") is None else f", fusion {row['fusion']:g}"
+    return f"{_name(row.get('reranker', '?'))}, first {row.get('k', '?')}{fusion}"
 
 
 def _name(checkpoint: str) -> str:
@@ -728,13 +736,12 @@ def _table(entries) -> str:
         "gallery",
         *map(_metric, names),
         "ms per query",
-        "index recall",
     ]
     head = "".join(f"<th>{_escape(title)}</th>" for title in titles)
     lines = "".join(_line(entry.row, names) for entry in entries)
     return _section(
         "Everything measured",
-        "Metrics in percent, with 95 % intervals over queries and what random order reaches. Index recall: how much of "
+        "Metrics in percent, with 95 % intervals over queries and what random order reaches. Recall of an index: how much of "
         "the exact first ten an approximate index finds.",
         "<article class='card scroll'><table class='all'>"
         f"<thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></article>",
@@ -743,10 +750,12 @@ def _table(entries) -> str:
 
 def _line(row, names) -> str:
     stage = f"{row['stage']}<small>{_escape(_name(row.get('reranker', row['run'])))}</small>"
-    cells = [stage, _escape(row["index"]), f"{row['queries']:,}", f"{row['gallery']:,}"]
+    recall = (
+        f"<small>recall {row['index_recall@10']:.3f}</small>" if "index_recall@10" in row else ""
+    )
+    cells = [stage, _escape(row["index"]) + recall, f"{row['queries']:,}", f"{row['gallery']:,}"]
     cells += [_cell(row, name) for name in names]
     cells += [f"{row['milliseconds_per_query']:.2f}"]
-    cells += [f"{row['index_recall@10']:.3f}" if "index_recall@10" in row else ""]
     title = f"<th>{_escape(row['benchmark'])}<small>{_escape(_where(row))}</small></th>"
     return f"<tr>{title}{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
 

@@ -6,6 +6,7 @@ fusion encoders train too: those of a small model still have something to learn.
     python -m cir_jax.train emoji_rerank --workdir runs/emoji_rerank
 """
 
+import dataclasses
 import runpy
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from cir_jax.config import Data, Experiment, Optim, Train
 from cir_jax.methods.blip_rerank import BlipRerankConfig
 
 stage1 = runpy.run_path(str(Path(__file__).parent / "emoji_cir.py"))["config"].method
+text = dataclasses.replace(
+    stage1.inputs.text, length=16
+)  # edits are short, and every token counts 24 x 24 times
 
 config = Experiment(
     method=BlipRerankConfig(
@@ -20,20 +24,25 @@ config = Experiment(
         text=stage1.text,
         merge_from=1,
         remat=False,
-        inputs=stage1.inputs,
+        inputs=dataclasses.replace(stage1.inputs, text=text),
     ),
-    # Two neighbourhoods of the gallery in each batch: what a second stage is asked to tell apart.
-    data=(Data("emoji-composed", variant="both-all-even-near", block=16),),
+    # Blocks of what a second stage is asked to tell apart: variants of one concept, concepts with the same attributes.
+    data=(
+        Data("emoji-composed", variant="both-all-even-near", block=12),
+        Data("emoji-composed", variant="both-all-even-peers", block=12),
+    ),
     train=Train(
         steps=2000,
-        batch_size=32,
+        batch_size=24,
         log_every=20,
         save_every=400,
         eval_every=400,
         export_dtype="float16",
         augment=False,
     ),
-    optim=Optim(lr=5e-4, warmup=100, frozen=("text/embeddings/embedding", "fusion/embeddings/embedding")),
+    optim=Optim(
+        lr=5e-4, warmup=100, frozen=("text/embeddings/embedding", "fusion/embeddings/embedding")
+    ),
     init={"": "emoji_cir"},
     evals=("emoji-composed/noto/val",),
     retriever="emoji_cir",

@@ -10,13 +10,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_methods import INPUTS, drawn
 
 import cir_jax
-from cir_jax.commands import COMMANDS
+from cir_jax.checkpoint import save_model
+from cir_jax.commands import COMMANDS, start
 from cir_jax.data import emoji
+from cir_jax.methods import METHODS
 from cir_jax.vectors import Vectors
 
 BROKEN = "broken.png"
+DOCUMENT = (
+    "The café fox lives near the river. A red fox & its cubs hunt mice at night under the moon."
+)
 
 
 def run(*arguments, fails=False, **options) -> subprocess.CompletedProcess:
@@ -53,12 +59,27 @@ def made(pictures, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def re_rankers(tmp_path_factory) -> Path:
+    """A folder with an untrained `blip_itm` and `blip_rerank`, texts that are to be searched for, and one that is none."""
+    folder = tmp_path_factory.mktemp("second stage")
+    for name in ("blip_itm", "blip_rerank"):
+        model = drawn(METHODS[name][0].tiny(INPUTS))
+        save_model(folder / name, model.config, model.params)
+    (folder / "fox.txt").write_text(DOCUMENT, encoding="utf-8")
+    (folder / "latin.txt").write_bytes(DOCUMENT.encode("latin-1"))
+    (folder / "empty.txt").write_text(" \n")
+    return folder
+
+
+def results(output: str) -> list[list[str]]:
+    """Score, id and stage of each line that a search prints."""
+    found = re.findall(r"^ *\d+ +(\S+) +(.+?) +([12]) *$", output, re.MULTILINE)
+    return [list(line) for line in found]
+
+
 def ranked(output: str) -> list[str]:
-    return [
-        line.split(maxsplit=2)[2].strip()
-        for line in output.splitlines()
-        if re.match(r"\s*\d+ ", line)
-    ]
+    return [name for _, name, _ in results(output)]
 
 
 def test_vectors_know_their_pictures_their_model_and_what_was_skipped(made, pictures):
@@ -112,6 +133,62 @@ def test_k_beyond_the_gallery_gives_the_gallery(made):
     )
 
 
+def printed(results) -> list[list[str]]:
+    return [[f"{r.score:.4f}", r.id, str(r.stage)] for r in results]
+
+
+def test_a_second_model_orders_the_best_again(made, re_rankers):
+    model, index = cir_jax.load("emoji_text"), cir_jax.open_index(made / "scann")
+    second = cir_jax.load(re_rankers / "blip_itm")
+    options = {"text": "a red heart", "k": 7}
+    expected = cir_jax.search(model, index, **options, reranker=second, candidates=5)
+    command = ["--text", "a red heart", "--k", 7, "--rerank", re_rankers / "blip_itm"]
+    done = run("cir_jax.search", made / "scann", *command, "--candidates", 5)
+    assert results(done.stdout) == printed(expected)
+    assert [stage for *_, stage in results(done.stdout)] == ["2"] * 5 + ["1"] * 2
+    first = cir_jax.search(model, index, **options)
+    assert {r.id for r in expected[:5]} == {r.id for r in first[:5]}
+    assert [r.id for r in expected] != [r.id for r in first]
+
+
+def test_a_document_in_a_file_is_searched_for(made, re_rankers, tmp_path):
+    model, index = cir_jax.load("emoji_text"), cir_jax.open_index(made / "exact")
+    page = tmp_path / "page.html"
+    command = ["--document", re_rankers / "fox.txt", "--rerank", "emoji_text", "--k", 6]
+    done = run("cir_jax.search", made / "exact", *command, "--candidates", 4, "--html", page)
+    expected = cir_jax.search(model, index, document=DOCUMENT, k=6, reranker=model, candidates=4)
+    assert results(done.stdout) == printed(expected)
+    text = page.read_text()
+    assert html.escape(DOCUMENT) in text and text.count("<figure") == 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--document", "{re_rankers}/latin.txt"], "latin.txt is no UTF-8 text"),
+        (["--document", "{re_rankers}/empty.txt"], "document is empty"),
+        (["--document", "{re_rankers}/none.txt"], "none.txt"),
+        (["--document", "{re_rankers}"], "second stage"),
+        (["--document", "{re_rankers}/fox.txt", "--text", "a fox"], "a document asks alone"),
+        (["--text", "x", "--rerank", "{re_rankers}/none"], "there is no model"),
+        (["--text", "x", "--rerank", "{re_rankers}/blip_rerank"], "image and text; this one has"),
+        (["--text", "x", "--rerank", "emoji_text", "--candidates", "0"], "at least 1"),
+        (["--text", "x", "--checkpoint", "{re_rankers}/blip_itm"], "the index holds vectors of"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_mistakes_with_two_stages_end_in_one_clear_line(
+    made, re_rankers, arguments, expected, monkeypatch, capsys
+):
+    filled = [argument.format(re_rankers=re_rankers) for argument in arguments]
+    monkeypatch.setattr(sys, "argv", ["search", str(made / "exact"), *filled])
+    with pytest.raises(SystemExit) as stop:
+        start("search")
+    assert stop.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and expected in line
+
+
 def test_an_interrupted_embedding_continues(made, pictures, tmp_path, capsys):
     from cir_jax.embed import embed
 
@@ -143,7 +220,7 @@ def test_an_interrupted_embedding_continues(made, pictures, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["cir_jax.search", "{made}/exact"], "--text, --image, or both"),
+        (["cir_jax.search", "{made}/exact"], "--text, --image, both, or --document"),
         (["cir_jax.search", "{made}/exact", "--text", " "], "text is empty"),
         (["cir_jax.search", "{made}/exact", "--text", "x", "--k", "0"], "at least 1"),
         (["cir_jax.search", "{made}/exact", "--image", "{pictures}/broken.png"], "broken.png"),

@@ -382,8 +382,8 @@ def test_training_sees_nothing_of_other_concepts():
         ("emoji-composed", "both", 2 * 5378, {"image", "text"}),
         ("emoji-composed", "noto-disjoint", 14254, {"image", "text"}),
         ("emoji-composed", "both-strict", 2 * 11400, {"image", "text"}),
-        ("emoji-documents", "both", 2 * 422, {"text", "document"}),
-        ("emoji-documents", "twemoji-masked-unshared", 406, {"text", "document"}),
+        ("emoji-documents", "both", 2 * 422, {"texts"}),
+        ("emoji-documents", "twemoji-masked-unshared", 406, {"texts"}),
     ],
 )
 def test_training_sets_are_raw_pairs(name, variant, count, parts):
@@ -437,6 +437,65 @@ def test_even_edits_balance_the_rules():
     assert plain["role"] > 100 * plain["age"]
     assert max(even.values()) < 4 * min(even.values())
     assert len(training_set(Data("emoji-composed", variant="noto-strict-even"))) == even.total()
+
+
+def edit_of(pair):
+    """What tells one training edit from another."""
+    return pair["query"]["image"].tobytes(), pair["query"]["text"], pair["item"]["image"].tobytes()
+
+
+def test_all_edits_are_more_and_none_of_another_split():
+    """Neither an edit of val or test nor the same pair the other way round, under any rule."""
+    pair = lambda raw: frozenset((raw["id"], raw["target_id"]))
+    of = lambda split, uncut: emoji.emoji_triplets("noto", split, uncut=uncut)
+    train = {pair(raw) for raw in of("train", True)}
+    assert {pair(raw) for raw in of("train", False)} < train
+    for split, cut, uncut in (("train", 5378, 17228), ("val", 678, 2080), ("test", 710, 2164)):
+        assert (len(of(split, False)), len(of(split, True))) == (cut, uncut)
+        assert len(emoji.composed_pairs("noto-all", split)) == uncut
+        if split != "train":
+            assert not train & {pair(raw) for raw in of(split, True)}
+    assert len(emoji.all_triplets()) == 17228 + 2080 + 2164
+    held = set()
+    for split in ("val", "test"):
+        for style in STYLES:
+            benchmark = open_benchmark("emoji-composed", style, split)
+            for query, right in zip(benchmark.queries, benchmark.positives, strict=True):
+                reference = query["image"].tobytes()
+                targets = [benchmark.gallery[row]["image"].tobytes() for row in right]
+                held |= {(reference, target) for target in targets}
+                held |= {(target, reference) for target in targets}
+    shown = {edit_of(pair)[::2] for pair in emoji.composed_pairs("both-all")}
+    assert len(held) > 2000
+    assert not held & shown
+
+
+@pytest.mark.parametrize("flags", ["", "-all", "-strict", "-all-even", "-strict-even"])
+def test_near_edits_are_the_same_in_an_order_of_their_targets(flags):
+    plain, near = (emoji.composed_pairs(f"both{flags}{end}") for end in ("", "-near"))
+    assert Counter(map(edit_of, plain)) == Counter(map(edit_of, near))
+    again = training_set(Data("emoji-composed", variant=f"both-near{flags}"))
+    assert [edit_of(pair) for pair in again[:50]] == [edit_of(pair) for pair in near[:50]]
+
+
+@pytest.mark.parametrize("uncut", [False, True])
+def test_neighbours_have_different_targets_in_the_order_of_the_gallery(uncut):
+    edits = emoji.emoji_triplets("both", "train", uncut=uncut)
+    near = [(edit["style"], emoji.rows()[edit["target_id"]]) for edit in emoji._near(edits)]
+    done, rounds = Counter(), []
+    for target in near:
+        rounds.append((done[target], *target))
+        done[target] += 1
+    assert rounds == sorted(rounds)  # by round, style and row: no target twice in a round
+    first = [target for number, *target in rounds if number == 0]
+    assert len(first) == len({tuple(target) for target in near}) > 2000
+    assert all(a != b for a, b in zip(near, near[1:]))
+
+
+def test_edits_by_concept_are_never_cut():
+    for flags in ("-strict-all", "-disjoint-all"):
+        with pytest.raises(ValueError, match="edits by concept are never cut; leave out -all"):
+            emoji.composed_pairs(f"noto{flags}")
 
 
 # ---- benchmarks ----

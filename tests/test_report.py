@@ -353,13 +353,18 @@ def test_stages_meet_only_with_the_same_index(tmp_path):
     assert len(lines) == 4 and "0.987" in lines[2].text
 
 
-def test_two_second_stages_are_told_apart(tmp_path):
+def test_second_stages_of_one_first_stage_are_told_apart(tmp_path):
     benchmark = made_benchmark()
     results = both(benchmark)
-    results.append(({**results[1][0], "reranker": "third_model"}, results[1][1]))
+    for change in ({"reranker": "third_model"}, {"k": 20}, {"fusion": 0.5}):
+        # Every run brings its first stage along.
+        results += [results[0], ({**results[1][0], **change}, results[1][1])]
     _, root = written(tmp_path, results, benchmark)
-    first, second = (c.text for c in root.find("section", "cards")[0].find("header"))
-    assert "second_model" in first and "third_model" in second
+    labels = [node.text for node in root.find("section", "cards")[0].find("header")]
+    assert len(set(labels)) == len(labels) == 4
+    parts = ["second_model, first 10", "third_model, first 10", "first 20", "fusion 0.5"]
+    assert all(part in label for part, label in zip(parts, labels))
+    assert len(root.find("table", "all")[0].find("tr")) == 1 + 1 + 4
 
 
 def test_rules_have_a_line_each(made):

@@ -246,7 +246,14 @@ def brute(name, queries, rows):
 def test_scores_equal_those_of_each_pair_alone(name, monkeypatch):
     """However many pairs at once, on however many devices, and with texts padded to any length."""
     model, rows, queries = tiny(name), candidate_rows(), raw_queries(name)
-    lengths = ("a fox", "x", "the same with a longer beard and a red hat facing right", "old", "b", "c")
+    lengths = (
+        "a fox",
+        "x",
+        "the same with a longer beard and a red hat facing right",
+        "old",
+        "b",
+        "c",
+    )
     queries = [{**query, "text": text} for query, text in zip(queries, lengths)]
     expected = brute(name, queries, rows)
     items = model.features("item", gallery())

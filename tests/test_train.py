@@ -11,13 +11,20 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from test_eval import edits
+from test_methods import INPUTS, drawn
 
 import cir_jax
 from cir_jax import optim
-from cir_jax.config import Data, Optim, Train
-from cir_jax.data import training_set
+from cir_jax.checkpoint import save_model
+from cir_jax.config import Data, Experiment, Optim, Train
+from cir_jax.data import BENCHMARKS, training_set
+from cir_jax.data.images import ImageSpec
 from cir_jax.data.pipeline import train_batches, turns
-from cir_jax.train import check_experiment
+from cir_jax.eval import measure, named_benchmark
+from cir_jax.methods.blip_cir import BlipCirConfig
+from cir_jax.methods.blip_rerank import BlipRerankConfig
+from cir_jax.train import check_experiment, prepare_workdir, train
 
 CONFIG = """
 from cir_jax.config import Data, Experiment, Optim, Train
@@ -138,7 +145,8 @@ def test_the_best_of_many_evaluations_is_kept(tiny_experiment, tmp_path, monkeyp
     from cir_jax.train import Best, make_init
 
     scores = iter([0.3, 0.2, 0.4, 0.1])
-    monkeypatch.setattr(evaluation, "measure", lambda model, name: {"recall@10": next(scores)})
+    measure = lambda model, name, retriever: {"recall@10": next(scores)}
+    monkeypatch.setattr(evaluation, "measure", measure)
     graph, _ = checkpoint.abstract_params(tiny_experiment.method)
     init = make_init(tiny_experiment, optim.optimizer(tiny_experiment.optim, 8))
     state = jax.jit(init)(jax.random.key(0))
@@ -168,8 +176,9 @@ def test_the_best_of_many_evaluations_is_kept(tiny_experiment, tmp_path, monkeyp
         ({"evals": ("emoji-text",)}, "name/variant/split"),
         ({"train": Train(steps=0, batch_size=8)}, "train.steps is 0"),
         ({"train": Train(steps=5, batch_size=8, eval_every=0)}, "train.eval_every is 0"),
+        ({"retriever": "emoji_text"}, "retriever is 'emoji_text'; .* a retriever none"),
     ],
-    ids=["metric", "benchmark", "form", "steps", "rhythm"],
+    ids=["metric", "benchmark", "form", "steps", "rhythm", "retriever"],
 )
 def test_mistakes_are_found_before_the_first_step(tiny_experiment, changes, message):
     with pytest.raises(ValueError, match=message):
@@ -211,10 +220,133 @@ def test_a_stream_started_later_continues_the_earlier_one(tiny_experiment):
     assert "image" not in skipped[0]["query"] or "image" not in skipped[1]["query"]
 
 
+class Numbered:
+    """Pairs that say their row, with several wordings and a picture to be changed."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return self.rows
+
+    def __getitem__(self, row):
+        picture = np.full((8, 8, 3), row % 251, np.uint8)
+        texts = (f"a red {row}", f"the blue one of {row}", f"{row}")
+        return {"query": {"texts": texts}, "item": {"image": picture}, "group": row}
+
+
+def numbered_batches(tiny_experiment, rows=(22, 9), **options):
+    """Batches of two sets, the first in blocks of 4 and the second of single rows."""
+    inputs = dataclasses.replace(tiny_experiment.method.inputs, image=ImageSpec(size=8))
+    options = {"blocks": [4, 1], "batch_size": 8, "seed": 1} | options
+    sets = [Numbered(n) for n in rows]
+    return train_batches(sets, [2, 1][: len(sets)], inputs, **options)
+
+
+def test_rows_of_a_block_share_a_batch_and_each_comes_once_per_epoch(tiny_experiment):
+    stream = numbered_batches(tiny_experiment, rows=(22,), blocks=[4])
+    groups = [next(stream)["item"]["group"].reshape(-1, 4) for _ in range(15)]
+    assert all((group == group[:, :1] + np.arange(4)).all() for group in groups)
+    numbers = np.concatenate(groups)[:, 0] // 4
+    epochs = numbers.reshape(-1, 5)  # five blocks; the rows 20 and 21 make no whole one
+    assert all(sorted(epoch) == list(range(5)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+    single = numbered_batches(tiny_experiment, rows=(16,), blocks=[1])
+    for _ in range(3):
+        epoch = [*next(single)["item"]["group"], *next(single)["item"]["group"]]
+        assert sorted(epoch) == list(range(16))
+        assert np.diff(epoch).tolist() != [1] * 15
+
+
+def test_blocks_do_not_depend_on_the_number_of_processes(tiny_experiment):
+    def global_batches(processes):
+        streams = [
+            numbered_batches(tiny_experiment, start=3, process=p, processes=processes)
+            for p in range(processes)
+        ]
+        return [[next(stream) for stream in streams] for _ in range(6)]
+
+    for one, two in zip(global_batches(1), global_batches(2)):
+        merged = jax.tree.map(lambda *x: np.concatenate(x), *two)
+        jax.tree.map(np.testing.assert_array_equal, one[0], merged)
+
+
+@pytest.mark.parametrize("start", [1, 2, 3, 7])
+def test_blocks_resume_at_any_step(tiny_experiment, start):
+    whole, late = (numbered_batches(tiny_experiment, start=s) for s in (0, start))
+    for _ in range(start):
+        next(whole)
+    for _ in range(5):
+        jax.tree.map(np.testing.assert_array_equal, next(whole), next(late))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 6}, r"batch_size 6 does not divide into blocks of \[4, 1\] rows"),
+        ({"processes": 4}, "for each of 4 processes"),
+        ({"blocks": [0, 1]}, r"blocks of \[0, 1\]"),
+        ({"rows": (3, 9)}, "a data set of 3 rows has no block of 4"),
+        ({"rows": (0, 9), "blocks": ()}, "a data set of 0 rows has no block of 1"),
+    ],
+    ids=["batch", "processes", "none", "short", "empty"],
+)
+def test_blocks_that_do_not_fit_are_refused(tiny_experiment, options, message):
+    with pytest.raises(ValueError, match=message):
+        next(numbered_batches(tiny_experiment, **options))
+
+
 def test_turns_are_spread_evenly():
     assert turns([1]) == [0]
     assert turns([1, 2]) == [1, 0, 1]
     assert sorted(turns([3, 2])) == [0, 0, 0, 1, 1]
+
+
+@pytest.fixture
+def re_ranking(tmp_path, monkeypatch):
+    """An experiment that trains a tiny re-ranker behind a tiny retriever, measured on a tiny benchmark."""
+    monkeypatch.setitem(BENCHMARKS, "small-edits", edits)
+    named_benchmark.cache_clear()
+    stage1 = drawn(BlipCirConfig.tiny(INPUTS))
+    save_model(tmp_path / "stage1", stage1.config, stage1.params)
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield Experiment(
+        method=BlipRerankConfig.tiny(INPUTS),
+        data=(Data("emoji-composed", variant="noto-strict-near", block=2),),
+        train=Train(steps=2, batch_size=8, log_every=1, save_every=2, eval_every=1),
+        optim=Optim(lr=1e-3, frozen=("image/.*", "fusion/.*")),
+        init={"": str(tmp_path / "stage1")},
+        evals=("small-edits/noto/val",),
+        retriever=str(tmp_path / "stage1"),
+        best="mrr",
+    )
+    jax.config.update("jax_disable_most_optimizations", False)
+    named_benchmark.cache_clear()
+
+
+def test_a_re_ranker_trains_and_keeps_its_best_model(re_ranking, tmp_path):
+    prepare_workdir(re_ranking, tmp_path / "run")
+    folder = train(re_ranking, tmp_path / "run")
+    assert folder == tmp_path / "run" / "model"
+    assert sorted(losses(tmp_path / "run")) == [1, 2]
+    best, stage1 = cir_jax.load(folder), cir_jax.load(tmp_path / "stage1")
+    about = json.loads((folder / "manifest.json").read_text())["about"]
+    found = measure(best, "small-edits/noto/val", stage1)
+    assert about["metrics"] == {f"small-edits/noto/val/{name}": x for name, x in found.items()}
+    assert about["score"] == found["mrr"]
+    assert about["experiment"]["retriever"] == re_ranking.retriever
+    jax.tree.map(np.testing.assert_array_equal, best.params["image"], stage1.params["image"])
+    jax.tree.map(np.testing.assert_array_equal, best.params["fusion"], stage1.params["text"])
+    branches = best.params["text"]["blocks"]["linear"]
+    queries = [branches[name]["cross"]["query"]["kernel"] for name in ("fused", "text")]
+    assert 0 < np.abs(queries[0] - queries[1]).max() < 0.1
+
+
+def test_a_re_ranker_needs_a_retriever_to_be_measured(re_ranking):
+    alone = dataclasses.replace(re_ranking, retriever="")
+    with pytest.raises(ValueError, match="retriever is ''; a re-ranker needs one"):
+        check_experiment(alone)
+    check_experiment(dataclasses.replace(alone, evals=()))
 
 
 def test_frozen_parameters_stay_and_unmatched_patterns_are_refused():

@@ -54,7 +54,9 @@ def experiment(name, init=None, frozen=()):
 
 def begun(config):
     """(state before, state after) the warm start, placed on the mesh as in training."""
-    trained, frozen = optim.split_frozen(tiny(method_name(config.method)).params, config.optim.frozen)
+    trained, frozen = optim.split_frozen(
+        tiny(method_name(config.method)).params, config.optim.frozen
+    )
     state = {"params": trained, "frozen": frozen}
     places = sharding.shardings(state, sharding.make_mesh(fsdp=2))
     state = {**jax.tree.map(jax.device_put, state, places), "opt": "as it was"}
@@ -62,9 +64,7 @@ def begun(config):
 
 
 def flat(params):
-    return {
-        name: np.asarray(x) for name, x in traverse_util.flatten_dict(params, sep="/").items()
-    }
+    return {name: np.asarray(x) for name, x in traverse_util.flatten_dict(params, sep="/").items()}
 
 
 def parameters(state):
@@ -195,12 +195,12 @@ def test_a_stage_1_of_another_size_is_refused(saved):
 
     image, text = tiny_towers(INPUTS)
     deeper = dataclasses.replace(text, layers=1)
-    with pytest.raises(ValueError, match="does not fit the model at .*fusion/blocks"):
+    with pytest.raises(ValueError, match=r"does not fit the model at .*fusion/blocks"):
         begun(experiment("blip_rerank", {"": saved("blip_cir", image=image, text=deeper)}))
 
 
 def test_a_source_that_is_not_there_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no model 'nothing'"):
         begun(experiment("clip", {"": "nothing"}))
-    with pytest.raises(FileNotFoundError, match="none.npy"):
+    with pytest.raises(FileNotFoundError, match=r"none\.npy"):
         begun(experiment("clip", {"logit_scale": str(tmp_path / "none.npy")}))

@@ -32,7 +32,9 @@ MEANINGS = (
     FOLDER / "meanings.npy"
 )  # [4000, 128] float16, where the word pieces of `VOCABULARY` start
 WORDS = FOLDER / "words.txt.gz"  # WordPiece: the English words of MiniLM's vocabulary
-WORD_MEANINGS = FOLDER / "word_meanings.npz"  # [26512, 128] float16, where the entries of `WORDS` start
+WORD_MEANINGS = (
+    FOLDER / "word_meanings.npz"
+)  # [26512, 128] float16, where the entries of `WORDS` start
 STYLES = ("noto", "twemoji")
 SPLITS = ("train", "val", "test")
 SIZE = 64  # side of a picture
@@ -291,10 +293,12 @@ def composed_pairs(variant: str = "both", split: Split = "train") -> list[dict]:
 
     Variants: a style or "both"; with "-disjoint", edits by concept; with "-strict", by concept and pair; with "-all",
     every edit whose pair belongs to the split, before each rule is cut to 1,200 (17,228 train edits instead of 5,378);
-    with "-even", rare kinds of edit as often as "skin tone", so that role changes do not crowd them out; with "-near",
-    in an order in which consecutive edits have different targets that are alike.
+    with "-even", rare kinds of edit as often as "skin tone", so that role changes do not crowd them out; with "-near" or
+    "-peers", in an order in which consecutive edits have different targets that are alike: variants of one concept, or
+    other concepts with the same gender, skin tone and hair.
     """
-    style, flags = _variant(variant, ("disjoint", "strict", "all", "even", "near"), both=True)
+    known = ("disjoint", "strict", "all", "even", "near", "peers")
+    style, flags = _variant(variant, known, both=True)
     by_concept = "disjoint" in flags or "strict" in flags
     if by_concept and "all" in flags:
         raise ValueError(f"variant is {variant!r}: edits by concept are never cut; leave out -all")
@@ -302,13 +306,15 @@ def composed_pairs(variant: str = "both", split: Split = "train") -> list[dict]:
     if by_concept:
         found = [e for e in found if all(_alone(rows()[e[name]]) for name in ("id", "target_id"))]
     found = _even(found) if "even" in flags else found
+    for order in ORDERS.keys() & set(flags):
+        found = _in_rounds(found, ORDERS[order])
     return [
         {
             "query": {"image": raw["image"], "text": raw["text"]},
             "item": {"image": raw["target"], "texts": wordings(rows()[raw["target_id"]])},
             "group": raw["group"],
         }
-        for raw in (_near(found) if "near" in flags else found)
+        for raw in found
     ]
 
 
@@ -326,18 +332,28 @@ def _even(edits):
     return chosen
 
 
-def _near(edits):
-    """The edits in rounds over their targets, which stand in the order of the gallery: variants are neighbours there."""
+def _in_rounds(edits, order):
+    """The edits in rounds over their targets; in each round a target occurs once, in the given order of rows."""
     by_target = defaultdict(list)
     for edit in edits:
         by_target[edit["style"], rows()[edit["target_id"]]].append(edit)
-    shuffled = [np.random.default_rng(0).permutation(len(found)) for found in by_target.values()]
-    rounds = [
-        (place, target, found[i])
-        for (target, found), order in zip(by_target.items(), shuffled)
-        for place, i in enumerate(order)
-    ]
-    return [edit for *_, edit in sorted(rounds, key=lambda each: each[:2])]
+    rounds = []
+    for (style, row), found in by_target.items():
+        drawn = np.random.default_rng(0).permutation(len(found))
+        rounds += [((place, style, order(row)), found[i]) for place, i in enumerate(drawn)]
+    return [edit for _, edit in sorted(rounds, key=lambda each: each[0])]
+
+
+def _by_attributes(row):
+    """A key that puts emoji with the same attributes together, and those without any in their order."""
+    item = items()[row]
+    return (item.category, item.gender or "", item.tones, item.hair or "", item.right, row)
+
+
+ORDERS = {
+    "near": lambda row: row,
+    "peers": _by_attributes,
+}  # of rows, by variant of `composed_pairs`
 
 
 def document_pairs(variant: str = "both", split: Split = "train") -> list[dict]:
@@ -363,33 +379,6 @@ def _asks(row, masked):
     """The texts with which an emoji's document may ask; its summary as often as all entities together."""
     found = extract({"document": document_text(items()[row], masked, own=True)}, BUILTIN)
     return (*found.entities, *[found.summary] * len(found.entities))
-
-
-def _near(edits):
-    """The edits in rounds over their targets, which stand in the order of the gallery: variants are neighbours there."""
-    by_target = defaultdict(list)
-    for edit in edits:
-        by_target[edit["style"], rows()[edit["target_id"]]].append(edit)
-    shuffled = [np.random.default_rng(0).permutation(len(found)) for found in by_target.values()]
-    rounds = [
-        (place, target, found[i])
-        for (target, found), order in zip(by_target.items(), shuffled)
-        for place, i in enumerate(order)
-    ]
-    return [edit for *_, edit in sorted(rounds, key=lambda each: each[:2])]
-
-
-def document_pairs(variant: str = "both", split: Split = "train") -> list[dict]:
-    """Document and picture. Variants: a style or "both"; "-masked", "-unshared"."""
-    style, flags = _variant(variant, ("masked", "unshared"), both=True)
-    return [
-        {
-            "query": {"text": raw["document"], "document": raw["document"]},
-            "item": {"image": raw["image"]},
-            "group": raw["group"],
-        }
-        for raw in emoji_documents(style, split, "masked" in flags, "unshared" in flags)
-    ]
 
 
 # ---- benchmarks ----

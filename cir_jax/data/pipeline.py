@@ -131,6 +131,9 @@ def train_batches(
             f"batch_size {batch_size} does not divide into blocks of {list(blocks)} rows for each of "
             f"{processes} processes"
         )
+    for dataset, block in zip(datasets, blocks):
+        if len(dataset) < block:
+            raise ValueError(f"a data set of {len(dataset)} rows has no block of {block}")
     if min(weights) < 1:
         raise ValueError(f"data weights {list(weights)}: each must be at least 1")
     order = turns(weights)

@@ -24,7 +24,9 @@ from cir_jax.data.text import BERT_SPECIALS, TextSpec, clean, tokenizer, write_v
 WIDTH = 128
 KEPT = 96  # of these, what the table of words uses; the rest is zero
 STD = 0.05
-STEP = STD / 4  # words are rounded to multiples of it, so that the table compresses to 4 bits a number
+STEP = (
+    STD / 4
+)  # words are rounded to multiples of it, so that the table compresses to 4 bits a number
 CONTEXT = 0.5  # weight of the texts beside the piece itself
 BATCH = 256
 LENGTH = 64  # tokens that the encoder reads of a text
@@ -47,7 +49,9 @@ def main(folder: Path) -> None:
     table = np.zeros((len(entries), WIDTH), np.float16)
     table[:, :KEPT] = np.round(values / STEP) * STEP
     np.savez_compressed(emoji.WORD_MEANINGS, rows=table)
-    print(f"{pieces.size} pieces in {emoji.MEANINGS}, {len(entries)} words in {emoji.WORD_MEANINGS}")
+    print(
+        f"{pieces.size} pieces in {emoji.MEANINGS}, {len(entries)} words in {emoji.WORD_MEANINGS}"
+    )
 
 
 def english(path: Path) -> list[str]:
