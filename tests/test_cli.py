@@ -182,6 +182,8 @@ def test_mistakes_with_two_stages_end_in_one_clear_line(
 ):
     filled = [argument.format(re_rankers=re_rankers) for argument in arguments]
     monkeypatch.setattr(sys, "argv", ["search", str(made / "exact"), *filled])
+    # Importing the module of the command hides the function of the same name.
+    monkeypatch.setattr(cir_jax, "search", cir_jax.search)
     with pytest.raises(SystemExit) as stop:
         start("search")
     assert stop.value.code == 1

@@ -489,7 +489,7 @@ def test_neighbours_have_different_targets_in_the_order_of_the_gallery(uncut):
     assert rounds == sorted(rounds)  # by round, style and row: no target twice in a round
     first = [target for number, *target in rounds if number == 0]
     assert len(first) == len({tuple(target) for target in near}) > 2000
-    assert all(a != b for a, b in zip(near, near[1:]))
+    assert all(a != b for a, b in itertools.pairwise(near))
 
 
 def test_edits_by_concept_are_never_cut():
