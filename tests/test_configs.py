@@ -21,6 +21,7 @@ from cir_jax.data.inputs import Inputs
 from cir_jax.data.text import tokenizer
 from cir_jax.eval import named_benchmark
 from cir_jax.methods.clip import ClipConfig
+from cir_jax.methods import method_name
 from cir_jax.model import find_model
 from cir_jax.train import make_init
 
@@ -40,7 +41,8 @@ EVALUATIONS = {name: c for name, c in CONFIGS.items() if isinstance(c, Evaluatio
 
 def test_the_demo_has_an_evaluation_and_a_model():
     assert "emoji" in EVALUATIONS
-    assert "emoji_text" in EXPERIMENTS
+    used = {m for run in EVALUATIONS["emoji"].runs for m in (run.retriever, run.reranker) if m}
+    assert used == EXPERIMENTS.keys()
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -57,10 +59,10 @@ def test_experiment_builds_and_shards(name):
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_vocabulary_fits_the_model(name):
+    """One row for each entry; BLIP's models have one more, [ENC]."""
     method = EXPERIMENTS[name].method
-    size = tokenizer(method.inputs.text).size
-    assert size == method.text.vocabulary
-    assert size <= 4000
+    rows = (method.encoder if hasattr(method, "encoder") else method.text).vocabulary
+    assert rows == tokenizer(method.inputs.text).size + method_name(method).startswith("blip")
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -74,11 +76,12 @@ def test_experiment_round_trips_through_json(name):
 def test_runs_of_an_evaluation_exist(name):
     for run in EVALUATIONS[name].runs:
         assert len(named_benchmark(run.benchmark).queries)
-        assert find_model(run.retriever).is_dir()
+        for model in filter(None, (run.retriever, run.reranker)):
+            assert find_model(model).is_dir()
 
 
 def test_unknown_names_list_the_known_ones(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"'emojis'; there are emoji, emoji_text"):
+    with pytest.raises(FileNotFoundError, match=r"'emojis'; there are emoji, emoji_cir,"):
         find_config("emojis")
     with pytest.raises(FileNotFoundError, match=r"missing\.py"):
         find_config(str(tmp_path / "missing.py"))

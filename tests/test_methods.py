@@ -137,6 +137,28 @@ def test_a_query_of_another_kind_is_refused(name):
 
 
 @pytest.mark.parametrize("name", RERANKERS)
+def test_features_of_a_re_ranker_are_rows_on_the_host(name):
+    model = drawn(METHODS[name][0].tiny(INPUTS))
+    for part, raw in (("query", raw_queries(name, 3)), ("item", raw_items(3))):
+        leaves = jax.tree.leaves(model.features(part, raw, batch_size=2))
+        assert all(isinstance(x, np.ndarray) and len(x) == 3 for x in leaves)
+        assert {x.dtype for x in leaves} <= {np.dtype(np.float32), np.dtype(bool)}
+    for kind in ({"text"}, {"image"}, {"image", "text"}):
+        if kind not in METHODS_OF[name].query_kinds:
+            query = {part: pairs()[0]["query"][part] for part in kind}
+            with pytest.raises(ValueError, match="a query of this model consists of"):
+                model.features("query", [query])
+
+
+def test_batches_of_features_are_joined_whatever_their_shape():
+    from cir_jax.model import _stacked
+
+    assert _stacked([np.arange(2), np.arange(3)]).tolist() == [0, 1, 0, 1, 2]
+    joined = _stacked([np.ones((1, 2, 3)), np.ones((2, 4, 3))])
+    assert joined.shape == (3, 4, 3) and joined[0, 2:].sum() == 0 and joined.sum() == 6 + 24
+
+
+@pytest.mark.parametrize("name", RERANKERS)
 def test_scores_belong_to_the_candidate_not_to_its_place(name):
     model = tiny(name)
     call = lambda name: jax.jit(lambda p, *x: getattr(nnx.merge(model.graph, p), name)(*x))
