@@ -28,8 +28,8 @@ config = Experiment(
     ),
     # Blocks of what a second stage is asked to tell apart: variants of one concept, concepts with the same attributes.
     data=(
-        Data("emoji-composed", variant="both-all-even-near", block=12),
-        Data("emoji-composed", variant="both-all-even-peers", block=12),
+        Data("emoji-composed", variant="both-near", block=12),
+        Data("emoji-composed", variant="both-peers", block=12),
     ),
     train=Train(
         steps=2000,

@@ -481,7 +481,8 @@ def test_near_edits_are_the_same_in_an_order_of_their_targets(flags):
 @pytest.mark.parametrize("uncut", [False, True])
 def test_neighbours_have_different_targets_in_the_order_of_the_gallery(uncut):
     edits = emoji.emoji_triplets("both", "train", uncut=uncut)
-    near = [(edit["style"], emoji.rows()[edit["target_id"]]) for edit in emoji._near(edits)]
+    edits = emoji._in_rounds(edits, emoji.ORDERS["near"])
+    near = [(edit["style"], emoji.rows()[edit["target_id"]]) for edit in edits]
     done, rounds = Counter(), []
     for target in near:
         rounds.append((done[target], *target))

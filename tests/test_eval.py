@@ -165,7 +165,7 @@ def test_a_re_ranked_run_is_two_rows_that_agree_with_their_files(models, small, 
     assert rows[1]["milliseconds_per_query"] == pytest.approx(sum(times.values()))
     print_table(rows)
     assert f"{100 * rows[1]['gain']['recall@1']:+.1f}" in capsys.readouterr().out
-    ((path, results, benchmark_of),) = small
+    ((path, results, benchmark_of, *_),) = small
     assert path == tmp_path / "report.html"
     assert [row for row, _ in results] == rows
     assert benchmark_of(rows[0]).ids == benchmark.ids

@@ -306,8 +306,8 @@ def composed_pairs(variant: str = "both", split: Split = "train") -> list[dict]:
     if by_concept:
         found = [e for e in found if all(_alone(rows()[e[name]]) for name in ("id", "target_id"))]
     found = _even(found) if "even" in flags else found
-    for order in ORDERS.keys() & set(flags):
-        found = _in_rounds(found, ORDERS[order])
+    for flag in flags:
+        found = _in_rounds(found, ORDERS[flag]) if flag in ORDERS else found
     return [
         {
             "query": {"image": raw["image"], "text": raw["text"]},
