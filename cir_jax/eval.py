@@ -55,24 +55,39 @@ def named_benchmark(name: str):
     return open_benchmark(*parts)
 
 
-def measure(model, name: str, retriever=None, k: int = 50) -> dict[str, float]:
+def measure(model, name: str, retriever: str = "", k: int = 50) -> dict[str, float]:
     """Metrics of a model on the benchmark `name/variant/split` with exact search; used during training.
 
-    A re-ranker is measured on the k best candidates of a retriever (a `Model`).
+    A re-ranker is measured on the k best candidates of the model that `retriever` names.
     """
-    from cir_jax.index import ExactIndex
-    from cir_jax.retrieval import Queries, rerank, retrieve, score_candidates
+    from cir_jax.retrieval import Queries, rerank, score_candidates
 
-    benchmark, first = named_benchmark(name), retriever or model
-    index = ExactIndex(first.encode("item", benchmark.gallery))
-    queries = first.encode("query", Queries(benchmark.queries, 1, BUILTIN))
-    deep = max(metrics.depth(benchmark), k if retriever else 1)
-    hits = retrieve(index, queries, min(deep, len(index)), benchmark.exclude)
-    if retriever is not None:
-        asked = Queries(benchmark.queries, 2, BUILTIN)
-        pictures = lambda rows: [benchmark.gallery[row] for row in rows]
-        hits = rerank(hits, score_candidates(model, asked, pictures, hits.rows[:, :k]))
+    benchmark = named_benchmark(name)
+    if not retriever:
+        return metrics.evaluate(_exact_hits(model, name, 1).rows, benchmark)
+    hits = _candidates(retriever, name, k)
+    asked = Queries(benchmark.queries, 2, BUILTIN)
+    pictures = lambda rows: [benchmark.gallery[row] for row in rows]
+    hits = rerank(hits, score_candidates(model, asked, pictures, hits.rows[:, :k]))
     return metrics.evaluate(hits.rows, benchmark)
+
+
+def _exact_hits(model, name: str, least: int):
+    """Hits of a retriever on a benchmark: as many as its metrics need, and at least so many."""
+    from cir_jax.index import ExactIndex
+    from cir_jax.retrieval import Queries, retrieve
+
+    benchmark = named_benchmark(name)
+    index = ExactIndex(model.encode("item", benchmark.gallery))
+    queries = model.encode("query", Queries(benchmark.queries, 1, BUILTIN))
+    depth = min(max(metrics.depth(benchmark), least), len(index))
+    return retrieve(index, queries, depth, benchmark.exclude)
+
+
+@lru_cache(maxsize=4)
+def _candidates(retriever: str, name: str, k: int):
+    """The hits that a re-ranker in training is measured on, time and again."""
+    return _exact_hits(_model(retriever), name, k)
 
 
 @lru_cache(maxsize=8)

@@ -85,6 +85,7 @@ def check_experiment(config: Experiment) -> None:
     from cir_jax.data.text import tokenizer
     from cir_jax.eval import named_benchmark
     from cir_jax.methods import reranks
+    from cir_jax.model import find_model
 
     for name in ("steps", "batch_size", "log_every", "save_every", "eval_every"):
         value = getattr(config.train, name)
@@ -105,6 +106,8 @@ def check_experiment(config: Experiment) -> None:
             f"retriever is {config.retriever!r}; a re-ranker needs one, whose candidates it is measured on in `evals`, "
             "and a retriever none"
         )
+    if config.retriever:
+        find_model(config.retriever)
 
 
 def check_batch(config: Experiment, mesh) -> None:
@@ -157,11 +160,11 @@ class Best:
         from cir_jax import optim, sharding
         from cir_jax.checkpoint import save_model
         from cir_jax.eval import measure
-        from cir_jax.model import Model, load
+        from cir_jax.model import Model
 
         params = sharding.gather(optim.join(state["params"], state["frozen"]))
         model = Model(self.config.method, self.graph, params)
-        retriever = load(self.config.retriever) if self.config.retriever else None
+        retriever = self.config.retriever
         results = {name: measure(model, name, retriever) for name in self.config.evals}
         score = (
             float(np.mean([r[self.config.best] for r in results.values()]))

@@ -444,18 +444,12 @@ def edit_of(pair):
     return pair["query"]["image"].tobytes(), pair["query"]["text"], pair["item"]["image"].tobytes()
 
 
-def test_all_edits_are_more_and_none_of_another_split():
-    """Neither an edit of val or test nor the same pair the other way round, under any rule."""
+def test_no_edit_of_another_split_is_trained_in_either_direction():
+    """Neither an edit of val or test nor the same pair the other way round, under any rule, by id and by picture."""
     pair = lambda raw: frozenset((raw["id"], raw["target_id"]))
-    of = lambda split, uncut: emoji.emoji_triplets("noto", split, uncut=uncut)
-    train = {pair(raw) for raw in of("train", True)}
-    assert {pair(raw) for raw in of("train", False)} < train
-    for split, cut, uncut in (("train", 5378, 17228), ("val", 678, 2080), ("test", 710, 2164)):
-        assert (len(of(split, False)), len(of(split, True))) == (cut, uncut)
-        assert len(emoji.composed_pairs("noto-all", split)) == uncut
-        if split != "train":
-            assert not train & {pair(raw) for raw in of(split, True)}
-    assert len(emoji.all_triplets()) == 17228 + 2080 + 2164
+    train = {pair(raw) for raw in emoji.emoji_triplets("noto", "train")}
+    for split in ("val", "test"):
+        assert not train & {pair(raw) for raw in emoji.emoji_triplets("noto", split)}
     held = set()
     for split in ("val", "test"):
         for style in STYLES:
@@ -465,12 +459,12 @@ def test_all_edits_are_more_and_none_of_another_split():
                 targets = [benchmark.gallery[row]["image"].tobytes() for row in right]
                 held |= {(reference, target) for target in targets}
                 held |= {(target, reference) for target in targets}
-    shown = {edit_of(pair)[::2] for pair in emoji.composed_pairs("both-all")}
+    shown = {edit_of(pair)[::2] for pair in emoji.composed_pairs("both")}
     assert len(held) > 2000
     assert not held & shown
 
 
-@pytest.mark.parametrize("flags", ["", "-all", "-strict", "-all-even", "-strict-even"])
+@pytest.mark.parametrize("flags", ["", "-strict", "-strict-even"])
 def test_near_edits_are_the_same_in_an_order_of_their_targets(flags):
     plain, near = (emoji.composed_pairs(f"both{flags}{end}") for end in ("", "-near"))
     assert Counter(map(edit_of, plain)) == Counter(map(edit_of, near))
@@ -478,9 +472,8 @@ def test_near_edits_are_the_same_in_an_order_of_their_targets(flags):
     assert [edit_of(pair) for pair in again[:50]] == [edit_of(pair) for pair in near[:50]]
 
 
-@pytest.mark.parametrize("uncut", [False, True])
-def test_neighbours_have_different_targets_in_the_order_of_the_gallery(uncut):
-    edits = emoji.emoji_triplets("both", "train", uncut=uncut)
+def test_neighbours_have_different_targets_in_the_order_of_the_gallery():
+    edits = emoji.emoji_triplets("both", "train")
     edits = emoji._in_rounds(edits, emoji.ORDERS["near"])
     near = [(edit["style"], emoji.rows()[edit["target_id"]]) for edit in edits]
     done, rounds = Counter(), []
@@ -489,14 +482,24 @@ def test_neighbours_have_different_targets_in_the_order_of_the_gallery(uncut):
         done[target] += 1
     assert rounds == sorted(rounds)  # by round, style and row: no target twice in a round
     first = [target for number, *target in rounds if number == 0]
-    assert len(first) == len({tuple(target) for target in near}) > 2000
+    assert len(first) == len(set(near)) > 2000
     assert all(a != b for a, b in itertools.pairwise(near))
 
 
-def test_edits_by_concept_are_never_cut():
-    for flags in ("-strict-all", "-disjoint-all"):
-        with pytest.raises(ValueError, match="edits by concept are never cut; leave out -all"):
-            emoji.composed_pairs(f"noto{flags}")
+def test_peers_share_their_attributes_more_often_than_neighbours():
+    looks = lambda row: (
+        emoji.items()[row].gender,
+        emoji.items()[row].tones,
+        emoji.items()[row].hair,
+    )
+    edits = emoji.emoji_triplets("both", "train")
+    shared = {}
+    for order in ("near", "peers"):
+        found = emoji._in_rounds(edits, emoji.ORDERS[order])
+        targets = [emoji.rows()[edit["target_id"]] for edit in found]
+        people = [row for row in targets if emoji.items()[row].gender]
+        shared[order] = np.mean([looks(a) == looks(b) for a, b in itertools.pairwise(people)])
+    assert shared["peers"] > 2 * shared["near"], shared
 
 
 # ---- benchmarks ----

@@ -263,7 +263,7 @@ def test_the_candidates_do_not_depend_on_the_metrics(models, monkeypatch, tmp_pa
     rows = evaluate(Evaluation((two_stages(models, k=8),)), tmp_path)
     assert [row["depth"] for row in rows] == [8, 8]
     loaded = [evaluation._model(models[name]) for name in ("blip_rerank", "clip")]
-    assert measure(loaded[0], "small-edits/noto/test", loaded[1], k=8) == rows[1]["metrics"]
+    assert measure(loaded[0], "small-edits/noto/test", models["clip"], k=8) == rows[1]["metrics"]
     assert measure(loaded[1], "small-edits/noto/test") == rows[0]["metrics"]
     everything = evaluate(Evaluation((two_stages(models, k=99),)), tmp_path)
     assert everything[1]["depth"] == ITEMS

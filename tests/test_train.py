@@ -331,7 +331,7 @@ def test_a_re_ranker_trains_and_keeps_its_best_model(re_ranking, tmp_path):
     assert sorted(losses(tmp_path / "run")) == [1, 2]
     best, stage1 = cir_jax.load(folder), cir_jax.load(tmp_path / "stage1")
     about = json.loads((folder / "manifest.json").read_text())["about"]
-    found = measure(best, "small-edits/noto/val", stage1)
+    found = measure(best, "small-edits/noto/val", re_ranking.retriever)
     assert about["metrics"] == {f"small-edits/noto/val/{name}": x for name, x in found.items()}
     assert about["score"] == found["mrr"]
     assert about["experiment"]["retriever"] == re_ranking.retriever

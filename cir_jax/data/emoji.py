@@ -156,7 +156,6 @@ def emoji_triplets(
     split: Split = "train",
     concept_disjoint: bool = False,
     pair_disjoint: bool = False,
-    uncut: bool = False,
 ) -> list[dict]:
     """Edits: `image` (reference), `text`, `target` (picture), `rule`, `id`, `target_id`, `style`
     and `group` (of the target).
@@ -168,9 +167,8 @@ def emoji_triplets(
         (14,254, 472 and 1,122): training then sees nothing of a val or test concept.
       pair_disjoint: of these, only the pairs which the split by pair gives to `split` too (11,400,
         44 and 108): a model trained so may be measured on both.
-      uncut: by pair, but all of them (17,228, 2,080 and 2,164).
     """
-    chosen = _edits(split, concept_disjoint, pair_disjoint, uncut)
+    chosen = _edits(split, concept_disjoint, pair_disjoint)
     label = groups(_styles(style))
     return [
         {
@@ -291,18 +289,15 @@ def wordings(row: int) -> tuple[str, ...]:
 def composed_pairs(variant: str = "both", split: Split = "train") -> list[dict]:
     """Reference and edit, and the target picture with its wordings.
 
-    Variants: a style or "both"; with "-disjoint", edits by concept; with "-strict", by concept and pair; with "-all",
-    every edit whose pair belongs to the split, before each rule is cut to 1,200 (17,228 train edits instead of 5,378);
-    with "-even", rare kinds of edit as often as "skin tone", so that role changes do not crowd them out; with "-near" or
-    "-peers", in an order in which consecutive edits have different targets that are alike: variants of one concept, or
-    other concepts with the same gender, skin tone and hair.
+    Variants: a style or "both"; with "-disjoint", edits by concept; with "-strict", by concept and pair; with "-even",
+    rare kinds of edit as often as "skin tone", so that role changes do not crowd them out; with "-near" or "-peers", in
+    an order in which consecutive edits have different targets that are alike: variants of one concept, or other concepts
+    with the same gender, skin tone and hair.
     """
-    known = ("disjoint", "strict", "all", "even", "near", "peers")
+    known = ("disjoint", "strict", "even", "near", "peers")
     style, flags = _variant(variant, known, both=True)
     by_concept = "disjoint" in flags or "strict" in flags
-    if by_concept and "all" in flags:
-        raise ValueError(f"variant is {variant!r}: edits by concept are never cut; leave out -all")
-    found = emoji_triplets(style, split, by_concept, "strict" in flags, "all" in flags)
+    found = emoji_triplets(style, split, by_concept, "strict" in flags)
     if by_concept:
         found = [e for e in found if all(_alone(rows()[e[name]]) for name in ("id", "target_id"))]
     found = _even(found) if "even" in flags else found
@@ -582,14 +577,17 @@ def _same_document():
     return {key: by_text[document["text"]] for key, document in documents().items()}
 
 
-def _edits(split, concept_disjoint=False, pair_disjoint=False, uncut=False):
+def _edits(split, concept_disjoint=False, pair_disjoint=False):
     _check("split", split, SPLITS)
-    if not (concept_disjoint or uncut):
+    if not concept_disjoint:
         return triplets()[split]
     inside = {items()[row].id for row in _of_split(split)}
-    by_concept = lambda edit: not concept_disjoint or {edit.reference, edit.target} <= inside
-    by_pair = lambda edit: not (pair_disjoint or uncut) or rules.pair_split(*edit[:3]) == split
-    return [edit for edit in all_triplets() if by_concept(edit) and by_pair(edit)]
+    return [
+        edit
+        for edit in all_triplets()
+        if {edit.reference, edit.target} <= inside
+        and (not pair_disjoint or rules.pair_split(*edit[:3]) == split)
+    ]
 
 
 @functools.cache
