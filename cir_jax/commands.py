@@ -5,11 +5,11 @@ import os
 import sys
 
 COMMANDS = {
-    "eval": "evaluate retrieval on benchmarks: table, results.json, ranks",
+    "eval": "evaluate retrieval on benchmarks: table, report with pictures, results.json, ranks",
     "train": "train a model from a config",
     "embed": "turn a gallery of pictures into vectors on disk",
     "index": "build a search index from vectors",
-    "search": "search an index with text or a picture",
+    "search": "search an index with a text, a picture or a document, in one stage or two",
 }
 DISTRIBUTED = ("train",)
 

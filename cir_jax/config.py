@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
+from cir_jax.data.documents import BUILTIN, DocumentSpec
+
 MethodConfig = TypeVar("MethodConfig")
 
 
@@ -92,7 +94,8 @@ class Experiment(Generic[MethodConfig]):
 class Run:
     """One evaluation: who retrieves what, with which index, and who re-ranks its k best candidates.
 
-    `fusion` is the weight of stage 1's score in the second stage's order (`cir_jax.retrieval.rerank`).
+    `fusion` is the weight of stage 1's score in the second stage's order (`cir_jax.retrieval.rerank`); `documents` says
+    where the entities and summaries of documents come from.
     """
 
     benchmark: str
@@ -101,6 +104,13 @@ class Run:
     reranker: str | None = None
     k: int = 50
     fusion: float | None = None
+    documents: DocumentSpec = BUILTIN
+
+    def __post_init__(self):
+        if self.k < 1 or not 0 <= (self.fusion or 0) <= 1:
+            raise ValueError(
+                f"k is {self.k} and fusion {self.fusion}; expected k from 1 on and fusion None or from 0 to 1"
+            )
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import tyro
 
 from cir_jax import files, metrics
 from cir_jax.config import Evaluation, Run, load_config
-from cir_jax.data.documents import BUILTIN
+from cir_jax.data.documents import BUILTIN, DocumentSpec
 
 SHOWN = ("recall@1", "recall@5", "recall@10", "mrr")  # in the table; the rest is in results.json
 TIMED = 10  # hits of the searches that are timed, and compared between indexes
@@ -98,13 +98,13 @@ def _model(name: str):
 
 
 @lru_cache(maxsize=4)
-def _vectors(retriever: str, name: str):
+def _vectors(retriever: str, name: str, documents: DocumentSpec):
     """(query vectors, item vectors, milliseconds per query spent encoding) of a benchmark."""
     from cir_jax.retrieval import Queries
 
     model, benchmark = _model(retriever), named_benchmark(name)
     items = model.encode("item", benchmark.gallery)
-    asked = Queries(benchmark.queries, 1, BUILTIN)
+    asked = list(Queries(benchmark.queries, 1, documents))
     model.encode("query", asked)  # compiles, so that the timed pass does not
     start = time.perf_counter()
     queries = model.encode("query", asked)
@@ -120,28 +120,49 @@ class _Scored:
 
 
 @lru_cache(maxsize=4)
-def _scored(reranker: str, name: str) -> _Scored:
+def _scored(reranker: str, name: str, documents: DocumentSpec) -> _Scored:
     return _Scored()
 
 
-def _candidate_scores(run: Run, rows: np.ndarray) -> tuple[np.ndarray, float]:
-    """Scores `[Q, K]` float32 of the run's re-ranker, and its milliseconds per pair so far."""
-    from cir_jax.retrieval import Queries, score_candidates
+def _candidate_scores(run: Run, rows: np.ndarray, items) -> tuple[np.ndarray, float]:
+    """Scores `[Q, K]` float32 of the run's re-ranker, and its milliseconds per pair so far, compilation included."""
+    from cir_jax.retrieval import Queries, score_by_vectors, score_candidates
 
-    benchmark, scored = named_benchmark(run.benchmark), _scored(run.reranker, run.benchmark)
+    benchmark = named_benchmark(run.benchmark)
+    scored = _scored(run.reranker, run.benchmark, run.documents)
     missing = rows.copy()
     for query, place in zip(*np.nonzero(rows >= 0)):
         if (query, rows[query, place]) in scored.pairs:
             missing[query, place] = -1
-    pictures = lambda rows: [benchmark.gallery[row] for row in rows]
-    asked, start = Queries(benchmark.queries, 2, BUILTIN), time.perf_counter()
-    scores = score_candidates(_model(run.reranker), asked, pictures, missing)
+    model, start = _model(run.reranker), time.perf_counter()
+    asked = Queries(benchmark.queries, 2, run.documents)
+    if run.reranker == run.retriever:
+        scores = score_by_vectors(model, asked, items, missing)
+    else:
+        pictures = lambda rows: [benchmark.gallery[row] for row in rows]
+        scores = score_candidates(model, asked, pictures, missing)
     scored.milliseconds += 1000 * (time.perf_counter() - start)
     new = zip(*np.nonzero(missing >= 0))
     scored.pairs.update({(q, missing[q, place]): scores[q, place] for q, place in new})
     get = lambda query, row: scored.pairs.get((query, row), -np.inf)
     found = [[get(query, row) for row in each] for query, each in enumerate(rows)]
     return np.array(found, np.float32), scored.milliseconds / max(1, len(scored.pairs))
+
+
+def _subset_values(run: Run, items) -> dict[str, np.ndarray]:
+    """Metrics of stage 2 over the closed group of each query, every member of which it scores, found or not."""
+    from cir_jax.index import Hits
+    from cir_jax.retrieval import rerank
+
+    benchmark = named_benchmark(run.benchmark)
+    names = [name for name in benchmark.metrics if name.startswith("subset_")]
+    if not names:
+        return {}
+    width = max(map(len, benchmark.subset))
+    rows = np.array([[*members, *[-1] * (width - len(members))] for members in benchmark.subset])
+    scores, _ = _candidate_scores(run, rows, items)
+    hits = rerank(Hits(rows, np.zeros(rows.shape, np.float32)), scores)
+    return metrics.per_query(hits.rows, benchmark, names)
 
 
 def _tuning_queries(run: Run) -> np.ndarray | None:
@@ -151,7 +172,7 @@ def _tuning_queries(run: Run) -> np.ndarray | None:
     name, variant, split = run.benchmark.split("/")
     if split == "val":
         return None
-    asked = Queries(named_benchmark(f"{name}/{variant}/val").queries, 1, BUILTIN)
+    asked = Queries(named_benchmark(f"{name}/{variant}/val").queries, 1, run.documents)
     vectors = _model(run.retriever).encode("query", asked)
     return vectors[0][vectors[1]] if isinstance(vectors, tuple) else vectors
 
@@ -180,7 +201,7 @@ def evaluate_run(run: Run) -> list[tuple[dict[str, Any], dict[str, np.ndarray]]]
     from cir_jax.retrieval import rerank, retrieve
 
     benchmark = named_benchmark(run.benchmark)
-    queries, items, encoding = _vectors(run.retriever, run.benchmark)
+    queries, items, encoding = _vectors(run.retriever, run.benchmark, run.documents)
     index, hits, searching = _searched(run, queries, items)
     spent = {"encode": encoding, "search": searching}
     first = _outcome(run, 1, index, hits, spent)
@@ -192,17 +213,18 @@ def evaluate_run(run: Run) -> list[tuple[dict[str, Any], dict[str, np.ndarray]]]
     if run.reranker is None:
         return [first]
     candidates = hits.rows[:, : run.k]
-    scores, per_pair = _candidate_scores(run, candidates)
+    scores, per_pair = _candidate_scores(run, candidates, items)
     spent |= {"rerank": per_pair * candidates.shape[1]}
-    second = _outcome(run, 2, index, rerank(hits, scores, run.fusion), spent)
+    ranked, members = rerank(hits, scores, run.fusion), _subset_values(run, items)
+    second = _outcome(run, 2, index, ranked, spent, members)
     second[0].update(_gain(first, second))
     return [first, second]
 
 
-def _outcome(run: Run, stage: int, index, hits, spent):
-    """Row and arrays of one stage, from its hits and the milliseconds per query of each part."""
+def _outcome(run: Run, stage: int, index, hits, spent, measured=None):
+    """Row and arrays of one stage: its hits, milliseconds per query of each part, metrics that hits do not tell."""
     benchmark = named_benchmark(run.benchmark)
-    values = metrics.per_query(hits.rows, benchmark)
+    values = metrics.per_query(hits.rows, benchmark) | (measured or {})
     models = [run.retriever, run.reranker][:stage]
     row = {
         "benchmark": benchmark.name,
@@ -248,9 +270,9 @@ def _summary(values) -> dict[str, dict]:
 
 
 def pooled(results: list[tuple[dict, dict]]) -> list[dict[str, Any]]:
-    """One more row for each evaluation made in several drawing styles: every query's mean over the styles.
+    """One more row for each evaluation of the same queries in several variants: every query's mean over them.
 
-    The interval is over queries, since the same names are asked in every style.
+    The variants of the emoji are drawing styles. The interval is over queries.
     """
     groups = defaultdict(dict)
     for row, arrays in results:
@@ -261,7 +283,7 @@ def pooled(results: list[tuple[dict, dict]]) -> list[dict[str, Any]]:
     means = {
         (first, second): _mean_outcome(first[1], each.keys(), *zip(*each.values()))
         for (first, second), each in groups.items()
-        if len(each) > 1
+        if len(each) > 1 and len({tuple(arrays["ids"]) for _, arrays in each.values()}) == 1
     }
     for (first, _), mean in means.items():
         if mean[0]["stage"] == 2:
@@ -318,8 +340,13 @@ def evaluate(evaluation: Evaluation, output: Path) -> list[dict[str, Any]]:
     import jax
 
     from cir_jax.eval_report import evaluation_page
+    from cir_jax.model import find_model
     from cir_jax.progress import progress
 
+    for run in evaluation.runs:
+        named_benchmark(run.benchmark)
+        for name in filter(None, (run.retriever, run.reranker)):
+            find_model(name)
     output.mkdir(parents=True, exist_ok=True)
     results = []
     with (
@@ -362,7 +389,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     names = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
     names = [name for name in names if name in SHOWN]
     table = Table("benchmark", "stage", "index", "queries", "gallery", *names, box=None)
-    for title in ("gain R@1", "p", "random R@1", "R@10", "ms", "index recall"):
+    for title in ("gain R@1", "p", "random R@1", "random R@10", "ms", "index recall"):
         table.add_column(title)
     for row in rows:
         recall = f"{row['index_recall@10']:.3f}" if "index_recall@10" in row else ""

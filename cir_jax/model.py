@@ -29,11 +29,11 @@ def _encode(graph, params, part, batch):
 @functools.partial(jax.jit, static_argnames="graph")
 def _score(graph, params, queries, items, query_rows, item_rows):
     take = lambda tree, rows: jax.tree.map(lambda x: jnp.take(x, rows, axis=0), tree)
-    queries, items = take(queries, query_rows), take(items, item_rows)
+    queries, items = take(queries, query_rows), take(items, item_rows[:, None])
     method = nnx.merge(graph, params)
     if not hasattr(method, "score"):  # a retriever: the inner product of its vectors
-        return jnp.einsum("qd,qkd->qk", queries, items)
-    return method.score(queries, items)
+        return jnp.einsum("pd,pkd->pk", queries, items)[:, 0]
+    return method.score(queries, items)[:, 0]
 
 
 @dataclass(frozen=True)
@@ -77,16 +77,23 @@ class Model:
                 f"{self.name or 'this model'} is a re-ranker: it scores pairs and makes no vectors to search with; "
                 "use it for the second stage, behind a retriever"
             )
-        if part == "query" and any(isinstance(q, Mapping) and "texts" in q for q in examples):
-            return self._encode_asks(examples, batch_size, progress)
+        first = examples[0] if len(examples) else None
+        if part == "query" and isinstance(first, Mapping) and "texts" in first:
+            return self._encode_asks(
+                [query.get("texts") for query in examples], batch_size, progress
+            )
         return self.features(part, examples, batch_size, progress)
 
-    def _encode_asks(self, examples, batch_size, progress):
+    def _encode_asks(self, texts, batch_size, progress):
         """Every text of every query as a query of its own, then put back together."""
-        asks = [{"text": text} for query in examples for text in query["texts"]]
+        if None in texts:
+            raise ValueError(
+                "some queries have `texts` and some have not; encode those that ask once by themselves"
+            )
+        asks = [{"text": text} for each in texts for text in each]
         vectors = self.features("query", asks, batch_size, progress)
-        counts = np.array([len(query["texts"]) for query in examples])
-        mask = np.arange(max(counts, default=0)) < counts[:, None]
+        counts = np.array([len(each) for each in texts])
+        mask = np.arange(max(counts)) < counts[:, None]
         out = np.zeros((*mask.shape, vectors.shape[-1]), np.float32)
         out[mask] = vectors
         return out, mask
@@ -108,7 +115,7 @@ class Model:
         mesh = sharding.make_mesh(devices=jax.local_devices())
         params = jax.device_put(self.params, sharding.replicated(mesh))
         batches = []
-        for rows, batch in _batches(part, examples, batch_size, self.config):
+        for rows, batch in _batches(part, examples, batch_size, self):
             batches.append(self._encode_batch(params, part, batch, mesh))
             if progress:
                 progress(len(rows))
@@ -116,35 +123,46 @@ class Model:
             return np.zeros((0, 0), np.float32)
         return jax.tree.map(lambda *parts: _stacked(parts), *batches)
 
-    def item_bytes(self) -> int:
-        """The size of the features of one item, without computing any."""
-        size = self.config.inputs.image.size
-        batch = {"image": jax.ShapeDtypeStruct((1, size, size, 3), np.float32)}
-        leaves = jax.tree.leaves(_encode.eval_shape(self.graph, self.params, "item", batch))
+    def feature_bytes(self, part: Literal["query", "item"]) -> int:
+        """The size of the features of one query (of the method's main kind) or item, without computing any."""
+        inputs = self.config.inputs
+        shapes = {
+            "image": jax.ShapeDtypeStruct((1, inputs.image.size, inputs.image.size, 3), np.float32),
+            "text": jax.ShapeDtypeStruct((1, inputs.text.length), np.int32),
+            "text_mask": jax.ShapeDtypeStruct((1, inputs.text.length), bool),
+        }
+        kind = METHODS[method_name(self.config)][1].query_kinds[0] if part == "query" else {"image"}
+        batch = {name: x for name, x in shapes.items() if name.partition("_")[0] in kind}
+        leaves = jax.tree.leaves(_encode.eval_shape(self.graph, self.params, part, batch))
         return sum(x.size * x.dtype.itemsize for x in leaves)
 
     def score(self, queries, items, rows: np.ndarray, pairs: int = 512) -> np.ndarray:
-        """Scores `[Q, K]` of each query with its own candidates; larger is better.
+        """Scores `[Q, K]` float32 of each query with its own candidates; larger is better.
 
         Args:
           queries: features of Q queries.
           items: features of the candidates of all of them.
           rows: `[Q, K]`, for each query the places of its candidates in `items`; where -1 the score is -inf.
-          pairs: about how many pairs are computed at once.
+          pairs: most pairs computed at once, on all devices together.
         """
+        out = np.full(rows.shape, -np.inf, np.float32)
+        present = rows >= 0
+        query_rows, item_rows = np.nonzero(present)[0], rows[present]
+        if not len(item_rows):
+            return out
         mesh = sharding.make_mesh(devices=jax.local_devices())
         held = (self.params, _few_sizes(queries), _few_sizes(items))
         params, queries, items = jax.device_put(held, sharding.replicated(mesh))
         places = NamedSharding(mesh, sharding.P(sharding.AXES))
-        size = mesh.size * max(1, pairs // max(1, rows.shape[1]) // mesh.size)
-        size = min(size, _padded(len(rows), mesh.size))
-        out = np.full(rows.shape, -np.inf, np.float32)
-        for first in range(0, len(rows), size):
-            chosen = np.arange(first, first + size).clip(max=len(rows) - 1)
-            these = jax.device_put((chosen, rows[chosen].clip(min=0)), places)
-            scores = _score(self.graph, params, queries, items, *these)
-            out[first : first + size] = np.asarray(scores)[: len(rows) - first]
-        return np.where(rows >= 0, out, -np.inf)
+        size = min(_padded(pairs, mesh.size), _padded(len(item_rows), mesh.size))
+        scores = np.zeros(len(item_rows), np.float32)
+        for first in range(0, len(scores), size):
+            chosen = np.arange(first, first + size).clip(max=len(scores) - 1)
+            these = jax.device_put((query_rows[chosen], item_rows[chosen]), places)
+            found = _score(self.graph, params, queries, items, *these)
+            scores[first : first + size] = np.asarray(found)[: len(scores) - first]
+        out[present] = scores
+        return out
 
     def _encode_batch(self, params, part, batch, mesh):
         n = len(next(iter(batch.values())))
@@ -175,7 +193,7 @@ def _stacked(parts: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate([np.pad(x, width(x)) for x in parts])
 
 
-def as_example(part: str, value, kinds: Sequence[set[str]]) -> Mapping:
+def as_example(part: str, value, kinds: Sequence[set[str]], model: str = "") -> Mapping:
     """A raw example as a mapping of one of the `kinds`; see `Model.encode` for what may stand in for one."""
     if isinstance(value, Mapping):
         example = {k: v for k, v in value.items() if k in ("image", "text") and v is not None}
@@ -188,19 +206,22 @@ def as_example(part: str, value, kinds: Sequence[set[str]]) -> Mapping:
     if set(example) not in kinds:
         wanted = ", or ".join(" and ".join(sorted(kind)) for kind in kinds)
         found = " and ".join(sorted(example)) or "neither text nor image"
-        raise ValueError(f"a {part} of this model consists of {wanted}; this one has {found}")
+        raise ValueError(
+            f"a {part} of {model or 'this model'} consists of {wanted}; this one has {found}"
+        )
     return example
 
 
-def _batches(part, examples, batch_size, config):
+def _batches(part, examples, batch_size, model):
     """(rows, arrays) of examples that have the same parts, at most `batch_size` at a time.
 
     Examples are read once, in order; those of another kind than the current batch start the next one.
     """
+    config = model.config
     kinds = METHODS[method_name(config)][1].query_kinds if part == "query" else ({"image"},)
     rows, waiting = [], []
     for row in range(len(examples)):
-        example = as_example(part, examples[row], kinds)
+        example = as_example(part, examples[row], kinds, model.name)
         if waiting and (len(waiting) == batch_size or waiting[0].keys() != example.keys()):
             yield rows, prepare_batch(waiting, config.inputs)
             rows, waiting = [], []

@@ -116,10 +116,10 @@ def score_candidates(
     rows: np.ndarray,
     progress: Callable[[int], None] | None = None,
 ) -> np.ndarray:
-    """Scores `[Q, K]` of a re-ranker for each query's candidates; -inf where the row is -1.
+    """Scores `[Q, K]` float32 of a re-ranker for each query's candidates; -inf where the row is -1.
 
-    What depends on a query or on an item alone is computed once, unless the candidates' features exceed
-    `FEATURE_BYTES`: then queries are taken in turns, and an item again in each turn that needs it.
+    Each pair is scored once. What depends on a query alone is computed once, what depends on an item alone once for as
+    many queries as fit half of `FEATURE_BYTES`; items are taken in blocks that fit the other half.
 
     Args:
       model: a re-ranker, or a retriever, which scores by the inner product.
@@ -130,23 +130,34 @@ def score_candidates(
     """
     out = np.full(rows.shape, -np.inf, np.float32)
     wanted = np.nonzero((rows >= 0).any(axis=1))[0]
-    size = _queries_at_once(model, rows[wanted]) if len(wanted) else 1
-    for first in range(0, len(wanted), size):
-        turn = wanted[first : first + size]
-        unique, places = np.unique(rows[turn], return_inverse=True)
-        absent = int(unique[0] == -1)  # sorted, so -1 would stand first
+    fit = lambda part: max(1, FEATURE_BYTES // 2 // model.feature_bytes(part))
+    for turn in _blocks(wanted, fit("query")) if len(wanted) else ():
         asked = model.features("query", [queries[row] for row in turn])
-        items = model.features("item", pictures(unique[absent:].tolist()))
-        out[turn] = model.score(asked, items, places.reshape(rows[turn].shape) - absent)
+        for block in _blocks(np.setdiff1d(rows[turn], [-1]), fit("item")):
+            items = model.features("item", pictures(block.tolist()))
+            places = np.searchsorted(block, rows[turn]).clip(max=len(block) - 1)
+            inside = block[places] == rows[turn]
+            scores = model.score(asked, items, np.where(inside, places, -1))
+            out[turn] = np.where(inside, scores, out[turn])
         if progress:
             progress(len(turn))
     return out
 
 
-def _queries_at_once(model, rows) -> int:
-    """How many queries have candidates whose features fit `FEATURE_BYTES`."""
-    fit = FEATURE_BYTES // model.item_bytes()
-    return len(rows) if len(np.unique(rows[rows >= 0])) <= fit else max(1, fit // rows.shape[1])
+def _blocks(values: np.ndarray, size: int) -> list[np.ndarray]:
+    return [values[first : first + size] for first in range(0, len(values), size)]
+
+
+def score_by_vectors(
+    model: Model, queries: Sequence[Mapping], vectors: np.ndarray, rows: np.ndarray
+) -> np.ndarray:
+    """`score_candidates` of a retriever whose item vectors `[N, D]` are at hand, so that no picture is read."""
+    out = np.full(rows.shape, -np.inf, np.float32)
+    wanted = np.nonzero((rows >= 0).any(axis=1))[0]
+    if len(wanted):
+        asked = model.encode("query", [queries[row] for row in wanted])
+        out[wanted] = np.einsum("qd,qkd->qk", asked, vectors[rows[wanted].clip(min=0)])
+    return np.where(rows >= 0, out, -np.inf)
 
 
 def rerank(hits: Hits, scores: np.ndarray, fusion: float | None = None) -> Hits:
@@ -193,6 +204,9 @@ def search(
     reranker: Model | None = None,
     candidates: int = 50,
     fusion: float | None = None,
+    exclude: str | None = None,
+    documents: DocumentSpec | None = None,
+    document_id: str = "",
 ) -> list[Result]:
     """Search with one query: a text, a picture, a picture and a text, or a document.
 
@@ -205,28 +219,44 @@ def search(
       k: how many results; fewer come back if the gallery is smaller.
       reranker: a model that orders the best `candidates` again; `model` itself is one for documents.
       fusion: see `rerank`.
+      exclude: the id of an item that is no answer, such as the picture that is to be changed.
+      documents: where entities and summaries come from; `document_id` is the document's id in a file of them.
 
     Raises:
       ValueError: neither text nor picture nor document, an empty one, a document with a text or picture, k or
-        `candidates` below 1, an index of another model, or one that does not know its pictures though a re-ranker
-        needs them.
+        `candidates` below 1, an id to exclude that the index lacks, an index of another model, or one that does not
+        know its pictures though a re-ranker needs them.
     """
     check_fingerprint(model, index)
-    raw = _checked_query(text, image, document)
+    raw = {**_checked_query(text, image, document), "id": document_id}
     if k < 1 or candidates < 1:
         raise ValueError(f"k is {k} and candidates {candidates}; both must be at least 1")
-    vectors = model.encode("query", [as_query(raw, 1)])
-    hits = retrieve(index, vectors, k if reranker is None else max(k, candidates))
+    vectors = model.encode("query", [as_query(raw, 1, documents)])
+    unwanted = () if exclude is None else [_row_of(exclude, index)]
+    hits = retrieve(index, vectors, k if reranker is None else max(k, candidates), unwanted)
     second = 0
     if reranker is not None:
-        rows = hits.rows[:, :candidates]
-        scores = score_candidates(reranker, [as_query(raw, 2)], index.items, rows)
+        asked, rows = [as_query(raw, 2, documents)], hits.rows[:, :candidates]
+        if reranker.fingerprint and reranker.fingerprint == index.fingerprint:
+            scores = score_by_vectors(reranker, asked, index.vectors, rows)
+        else:
+            scores = score_candidates(reranker, asked, index.items, rows)
         hits, second = rerank(hits, scores, fusion), candidates
     return [
         Result(index.ids[row], float(score), int(row), 2 if place < second else 1)
         for place, (row, score) in enumerate(zip(hits.rows[0, :k], hits.scores[0, :k]))
         if row >= 0
     ]
+
+
+def _row_of(name: str, index: Index) -> int:
+    """The row of an id."""
+    found = [row for row, each in enumerate(index.ids) if each == name]
+    if not found:
+        raise ValueError(
+            f"there is no item {name!r} to exclude among the {len(index)} of the index"
+        )
+    return found[0]
 
 
 def _checked_query(text, image, document) -> dict:

@@ -26,6 +26,12 @@ class Arguments:
     """a model for the second stage; for documents also the first one again"""
     candidates: int = 50
     """how many of the best the second stage looks at"""
+    fusion: float | None = None
+    """weight, 0 to 1, of the first stage's score in the second stage's order"""
+    exclude: str | None = None
+    """id of an item that is no answer, such as the picture that --text changes"""
+    extracts: Path | None = None
+    """entities and summaries in a .jsonl file; the document's id there is its file name without the ending"""
     k: int = 10
     """how many results"""
     html: Path | None = None
@@ -61,6 +67,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("a query needs --text, --image, both, or --document; none was given")
     document = read_document(arguments.document) if arguments.document else None
 
+    from cir_jax.data.documents import DocumentSpec
     from cir_jax.index import open_index
     from cir_jax.model import load
     from cir_jax.retrieval import search
@@ -80,6 +87,10 @@ def main(argv: list[str] | None = None) -> None:
         k=arguments.k,
         reranker=load(arguments.rerank) if arguments.rerank else None,
         candidates=arguments.candidates,
+        fusion=arguments.fusion,
+        exclude=arguments.exclude,
+        documents=DocumentSpec(str(arguments.extracts)) if arguments.extracts else None,
+        document_id=arguments.document.stem if arguments.document else "",
     )
     print_results(results)
     if arguments.html:

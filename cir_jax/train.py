@@ -84,18 +84,20 @@ def check_experiment(config: Experiment) -> None:
     """Refuse, before the first step, what would only fail later."""
     from cir_jax.data.text import tokenizer
     from cir_jax.eval import named_benchmark
-    from cir_jax.methods import reranks
+    from cir_jax.methods import METHODS, method_name, reranks
     from cir_jax.model import find_model
 
     for name in ("steps", "batch_size", "log_every", "save_every", "eval_every"):
         value = getattr(config.train, name)
         if value < 1:
             raise ValueError(f"train.{name} is {value}; it must be at least 1")
-    words, tower = tokenizer(config.method.inputs.text), getattr(config.method, "text", None)
-    if words.size > getattr(tower, "vocabulary", words.size):
+    method = config.method
+    words, tower = tokenizer(method.inputs.text), getattr(method, "encoder", None) or method.text
+    special = METHODS[method_name(method)][1].special_rows
+    if words.size + special > tower.vocabulary:
         raise ValueError(
-            f"the vocabulary {config.method.inputs.text.vocab} has {words.size} ids, the text tower "
-            f"{tower.vocabulary}; set method.text.vocabulary to {words.size}"
+            f"the vocabulary {method.inputs.text.vocab} has {words.size} ids and the method {special} of its own, the "
+            f"text tower {tower.vocabulary} rows; set its vocabulary to {words.size + special}"
         )
     for name in config.evals:
         known = named_benchmark(name).metrics

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from cir_jax import optim
+from cir_jax import optim, sharding
 from cir_jax.config import Experiment
 from cir_jax.methods import METHODS, method_name
 from cir_jax.model import load
@@ -54,7 +54,7 @@ def _table(params, name: str, source: str) -> np.ndarray:
     rows = (loaded if isinstance(loaded, np.ndarray) else loaded["rows"]).astype(np.float32)
     own = traverse_util.flatten_dict(params, sep="/").get(name, rows)
     fits = own.ndim == rows.ndim > 0 and own.shape[1:] == rows.shape[1:] and len(rows) < len(own)
-    return np.concatenate([rows, np.asarray(own)[len(rows) :]]) if fits else rows
+    return np.concatenate([rows, sharding.gather(own)[len(rows) :]]) if fits else rows
 
 
 def _replaced(params, theirs: dict, source: str):

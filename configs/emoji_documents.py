@@ -46,7 +46,7 @@ config = Experiment(
         Data("emoji-documents", variant="both-masked-unshared"),
     ),
     train=Train(
-        steps=1200,
+        steps=900,
         batch_size=160,
         log_every=20,
         save_every=200,

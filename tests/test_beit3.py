@@ -229,18 +229,6 @@ def test_hidden_patches_become_the_mask_token():
     np.testing.assert_array_equal(masked[1], plain[1])
 
 
-def test_several_texts_of_one_query():
-    model = golden_cfir()
-    ids, mask = np.stack([IDS, IDS[::-1]]), np.stack([MASK, MASK[::-1]])
-    mask[1, 1] = False
-    vectors, asked = model.query({"text": ids, "text_mask": mask})
-    single = model.query(batch()["query"])
-    np.testing.assert_array_equal(asked, [[True, True], [True, False]])
-    np.testing.assert_allclose(vectors[0], single, atol=1e-6)
-    np.testing.assert_allclose(vectors[1, 0], single[1], atol=1e-6)
-    np.testing.assert_array_equal(vectors[1, 1], 0)
-
-
 @pytest.mark.parametrize(
     "encoder, keys, parameters",
     [(BEIT3_BASE, 494, 222_167_041), (BEIT3_LARGE, 974, 674_799_617)],
@@ -364,6 +352,3 @@ def test_faults_are_named():
     bare = ImageTower(dataclasses.replace(TINY, mask_token=False), **OPTIONS, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="no mask token"):
         bare.embed(pictures(), np.ones((2, 4), bool))
-    several = {"text": IDS[:, None], "text_mask": MASK[:, None]}
-    with pytest.raises(ValueError, match="one text per query"):
-        model.loss({"query": several, "item": batch()["item"]}, jax.random.key(0))

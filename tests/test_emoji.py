@@ -429,6 +429,21 @@ def test_training_says_no_name_and_shows_no_picture_of_another_split():
         assert pair["query"]["image"].tobytes() not in shown
 
 
+@pytest.mark.parametrize("flags", ["", "-masked"])
+def test_no_text_that_a_document_asks_in_training_is_a_name_of_another_split(flags):
+    names = emoji._names_elsewhere("train")
+    pairs = emoji.document_pairs(f"both{flags}-unshared")
+    assert len(pairs) > 700 and {"cat", "bear", "bread"} < names
+    asked = {text.lower() for pair in pairs for text in pair["query"]["texts"]}
+    assert len(asked) > 3000
+    assert not asked & names
+
+
+def test_edits_by_pair_say_no_name_of_their_target():
+    assert all("texts" not in pair["item"] for pair in emoji.composed_pairs("noto-near"))
+    assert all("texts" in pair["item"] for pair in emoji.composed_pairs("noto-strict"))
+
+
 def test_even_edits_balance_the_rules():
     plain = Counter(e["rule"] for e in emoji.emoji_triplets("noto", "train", True, True))
     even = Counter(

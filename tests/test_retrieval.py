@@ -203,24 +203,29 @@ def test_little_memory_gives_the_same_scores(name, scored, monkeypatch):
     rows, model = candidate_rows(), tiny(name)
     whole = score_candidates(model, raw_queries(name), pictures, rows)
     pairs_before = Counter(scored["pairs"])
-    for queries_at_once in (2, 0):  # 0: not even one query fits
-        scored["pairs"].clear()
-        done = []
-        room = queries_at_once * rows.shape[1] * model.item_bytes()
-        monkeypatch.setattr(retrieval, "FEATURE_BYTES", room)
-        scores = score_candidates(model, raw_queries(name), pictures, rows, done.append)
-        np.testing.assert_allclose(scores, whole, atol=1e-5)
-        assert Counter(scored["pairs"]) == pairs_before
-        assert done == ([2, 2, 1] if queries_at_once else [1] * 5)
+    for many in (2, 0):  # so many queries, or so many items; 0: not even one
+        for part in ("query", "item"):
+            scored["pairs"].clear()
+            done, room = [], 2 * many * model.feature_bytes(part)
+            monkeypatch.setattr(retrieval, "FEATURE_BYTES", room)
+            scores = score_candidates(model, raw_queries(name), pictures, rows, done.append)
+            np.testing.assert_allclose(scores, whole, atol=1e-5)
+            assert Counter(scored["pairs"]) == pairs_before
+            assert sum(done) == 5 and (len(done) == (3 if many else 5) or part == "item")
 
 
 def test_the_size_of_features_is_known_without_computing_them(scored):
     for name in sorted(METHODS_OF):
-        size = tiny(name).item_bytes()
-        assert not scored["item"]
-        made = jax.tree.leaves(tiny(name).features("item", gallery()[:2]))
-        assert sum(x.nbytes for x in made) == 2 * size
-        scored["item"].clear()
+        model = tiny(name)
+        for part in ("item", "query"):
+            scored[part].clear()
+            size = model.feature_bytes(part)
+            assert not scored[part]
+            raw = gallery()[:2] if part == "item" else raw_queries(name, 2)
+            made = jax.tree.leaves(model.features(part, raw))
+            assert sum(x.nbytes for x in made) <= 2 * size  # texts are cut to the longest
+            if part == "item":
+                assert sum(x.nbytes for x in made) == 2 * size
 
 
 def test_no_candidates_need_no_model(scored):
@@ -276,7 +281,7 @@ def test_one_query_is_not_scored_many_times_over(monkeypatch):
     model = tiny("clip")
     queries = model.features("query", raw_queries("clip", 1))
     model.score(queries, model.features("item", gallery()), np.arange(5)[None])
-    assert sizes == [(4, 5)]  # a row for each device
+    assert sizes == [(8,)]  # five pairs, as many for each of four devices
 
 
 # ---- the order behind two stages ----

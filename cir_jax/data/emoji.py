@@ -34,7 +34,7 @@ MEANINGS = (
 WORDS = FOLDER / "words.txt.gz"  # WordPiece: the English words of MiniLM's vocabulary
 WORD_MEANINGS = (
     FOLDER / "word_meanings.npz"
-)  # [26512, 128] float16, where the entries of `WORDS` start
+)  # [26592, 128] float16, where the entries of `WORDS` start
 STYLES = ("noto", "twemoji")
 SPLITS = ("train", "val", "test")
 SIZE = 64  # side of a picture
@@ -287,7 +287,7 @@ def wordings(row: int) -> tuple[str, ...]:
 
 
 def composed_pairs(variant: str = "both", split: Split = "train") -> list[dict]:
-    """Reference and edit, and the target picture with its wordings.
+    """Reference and edit, and the target picture; where edits are chosen by concept, also its wordings.
 
     Variants: a style or "both"; with "-disjoint", edits by concept; with "-strict", by concept and pair; with "-even",
     rare kinds of edit as often as "skin tone", so that role changes do not crowd them out; with "-near" or "-peers", in
@@ -300,13 +300,15 @@ def composed_pairs(variant: str = "both", split: Split = "train") -> list[dict]:
     found = emoji_triplets(style, split, by_concept, "strict" in flags)
     if by_concept:
         found = [e for e in found if all(_alone(rows()[e[name]]) for name in ("id", "target_id"))]
+    # By pair, targets may belong to a concept whose name training must not say.
+    named = lambda raw: {"texts": wordings(rows()[raw["target_id"]])} if by_concept else {}
     found = _even(found) if "even" in flags else found
     for flag in flags:
         found = _in_rounds(found, ORDERS[flag]) if flag in ORDERS else found
     return [
         {
             "query": {"image": raw["image"], "text": raw["text"]},
-            "item": {"image": raw["target"], "texts": wordings(rows()[raw["target_id"]])},
+            "item": {"image": raw["target"], **named(raw)},
             "group": raw["group"],
         }
         for raw in found
@@ -371,9 +373,14 @@ def document_pairs(variant: str = "both", split: Split = "train") -> list[dict]:
 
 @functools.cache
 def _asks(row, masked):
-    """The texts with which an emoji's document may ask; its summary as often as all entities together."""
-    found = extract({"document": document_text(items()[row], masked, own=True)}, BUILTIN)
-    return (*found.entities, *[found.summary] * len(found.entities))
+    """The texts with which an emoji's document may ask; its summary as often as all entities together.
+
+    Entities that name something of another split ("cat" in a text about tigers) are left out.
+    """
+    item = items()[row]
+    found = extract({"document": document_text(item, masked, own=True)}, BUILTIN)
+    entities = [e for e in found.entities if e.lower() not in _names_elsewhere(item.split)]
+    return (*entities, *[found.summary] * max(1, len(entities)))
 
 
 # ---- benchmarks ----

@@ -17,11 +17,13 @@ Tree = Any
 class Retriever(Protocol):
     """Stage 1: queries and items become vectors whose inner product ranks.
 
-    `query` gives unit rows `[B, D]`, or `([B, M, D], mask [B, M])` when one query asks several times; `item` gives
-    unit rows `[B, D]`. A larger score is better. `query_kinds` names the parts that a query may consist of.
+    `query` gives unit rows `[B, D]` (`Model.encode` asks several times where one query has several texts); `item` gives
+    unit rows `[B, D]`. A larger score is better. `query_kinds` names the parts that a query may consist of, the main
+    kind first; `special_rows` is how many rows of the table of words a method has beyond the tokenizer's.
     """
 
     query_kinds: tuple[set[str], ...]
+    special_rows: int
 
     def query(self, query: dict[str, jax.Array]) -> jax.Array: ...
 
@@ -40,6 +42,7 @@ class Reranker(Protocol):
     """
 
     query_kinds: tuple[set[str], ...]
+    special_rows: int
 
     def query(self, query: dict[str, jax.Array]) -> Tree: ...
 

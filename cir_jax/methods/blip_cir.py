@@ -96,6 +96,7 @@ class BlipCir(nnx.Module):
     """
 
     query_kinds = ({"image", "text"}, {"text"}, {"image"})
+    special_rows = 1  # [ENC]
 
     def __init__(self, config: BlipCirConfig, rngs: nnx.Rngs):
         check_towers(config)

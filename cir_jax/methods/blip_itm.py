@@ -47,6 +47,7 @@ class BlipItm(nnx.Module):
     """
 
     query_kinds = ({"text"},)
+    special_rows = 1  # [ENC]
 
     def __init__(self, config: BlipItmConfig, rngs: nnx.Rngs):
         check_towers(config)

@@ -85,6 +85,7 @@ class BlipRerank(nnx.Module):
     """
 
     query_kinds = ({"image", "text"},)
+    special_rows = 1  # [ENC]
     starts = MappingProxyType({BlipCirConfig: start_from_stage1})
 
     def __init__(self, config: BlipRerankConfig, rngs: nnx.Rngs):

@@ -52,6 +52,7 @@ class Cfir(nnx.Module):
     """Retriever: `query` (text) and `item` (picture) give unit vectors."""
 
     query_kinds = ({"text"},)
+    special_rows = 0
 
     def __init__(self, config: CfirConfig, rngs: nnx.Rngs):
         encoder = config.encoder
@@ -74,28 +75,11 @@ class Cfir(nnx.Module):
         self.logit_scale = nnx.Param(jnp.log(jnp.asarray(1 / 0.07, float)))
         self.config = config
 
-    def query(self, query: dict[str, jax.Array], key: jax.Array | None = None):
-        """Unit rows of a text each, or of several texts each.
-
-        Args:
-          query: `text` `[B, L]` and `text_mask`, or `[B, M, L]` where every query asks up to M
-            times; a text without a single token is none.
-          key: turns drop-path and dropout on.
-
-        Returns:
-          `[B, D]`; for several texts `([B, M, D], mask [B, M])`, where rows of missing texts are
-          zero.
-        """
+    def query(self, query: dict[str, jax.Array], key: jax.Array | None = None) -> jax.Array:
+        """`[B, D]`; a `key` turns drop-path and dropout on. A document's entities are a query each."""
         if "text" not in query:
             raise ValueError(f"a query needs `text`; this one has {sorted(query)}")
-        ids, mask = query["text"], query["text_mask"]
-        length = ids.shape[-1]
-        states = self.text(ids.reshape(-1, length), mask.reshape(-1, length), key)
-        vectors = unit(self.text_project(states)).reshape(*ids.shape[:-1], -1)
-        if ids.ndim == 2:
-            return vectors
-        asked = mask.any(axis=-1)
-        return jnp.where(asked[:, :, None], vectors, 0), asked
+        return unit(self.text_project(self.text(query["text"], query["text_mask"], key)))
 
     def item(self, item: dict[str, jax.Array], key: jax.Array | None = None) -> jax.Array:
         """`[B, D]`; a `key` turns drop-path and dropout on."""
@@ -112,11 +96,6 @@ class Cfir(nnx.Module):
         With `item["group"]` equal pictures count as right answers for each other; the paper has no
         groups, so there they are negatives.
         """
-        if batch["query"]["text"].ndim != 2:
-            raise ValueError(
-                "training takes one text per query, `text` [B, L]; found "
-                f"{batch['query']['text'].shape}; draw one entity, or join them"
-            )
         queries = self.query(batch["query"], subkey(key, 0))
         items = self.item(batch["item"], subkey(key, 1))
         value, metrics = losses.contrastive(

@@ -49,6 +49,7 @@ class Clip(nnx.Module):
     """Retriever: `query` and `item` give unit vectors `[B, embed]`."""
 
     query_kinds = ({"text"}, {"image"}, {"image", "text"})
+    special_rows = 0
 
     def __init__(self, config: ClipConfig, rngs: nnx.Rngs):
         if config.inputs.image.size != config.vision.size:

