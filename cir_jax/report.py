@@ -2,6 +2,7 @@
 
 import html
 import os
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from cir_jax import files
 if TYPE_CHECKING:  # it brings JAX with it
     from cir_jax.retrieval import Result
 
+LONGEST_QUERY = 220  # characters of a query that a search page shows
 STYLE = """
 :root { color-scheme: light dark; --page: #f5f6f9; --card: #fff; --ink: #151a23; --soft: #5b6475;
   --line: #e2e6ed; --track: #e8ebf2; --accent: #2460e6; --right: #0b9a68; --pale: #8d97a9; --down: #d0700d; }
@@ -97,6 +99,10 @@ def search_page(
         figure(item["image"], item.get("text") or result.id, rank=rank, score=result.score)
         for rank, (result, item) in enumerate(zip(results, items), 1)
     ]
-    about = f"{len(results)} of {len(index)} pictures, best first, with their scores"
-    body = [query_line(text, image), f"<section class='row'>{''.join(figures)}</section>"]
+    body = [query_line(text and textwrap.shorten(text, LONGEST_QUERY, placeholder=" …"), image)]
+    for stage, title in ((2, "Ordered by the second stage"), (1, "Ordered by the first stage")):
+        shown = [html_of for html_of, result in zip(figures, results) if result.stage == stage]
+        heading = f"<p class='about'>{title}, with its scores</p>" if shown else ""
+        body.append(f"{heading}<section class='row'>{''.join(shown)}</section>" if shown else "")
+    about = f"{len(results)} of {len(index)} pictures, best first"
     write_page(path, page("Search results", about, body))
