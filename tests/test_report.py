@@ -451,9 +451,12 @@ def test_the_page_of_a_search_is_whole(tmp_path):
         def items(self, rows):
             return [items[row] for row in rows]
 
-    found = [SimpleNamespace(row=row, id=f"i{row}", score=1.0 - row) for row in (2, 0)]
+    result = lambda row, stage: SimpleNamespace(row=row, id=f"i{row}", score=1.0 - row, stage=stage)
+    found = [result(2, 2), result(0, 1)]
     report.search_page(tmp_path / "s.html", found, Index(), text=SCRIPT, image=picture(1))
     root = Tree((tmp_path / "s.html").read_text()).root
+    second, first = root.find("section")
+    assert len(second.find("figure")) == len(first.find("figure")) == 1  # two kinds of scores
     assert len(root.find("figure")) == 2 and not root.find("script")
     assert [node.attributes["src"] for node in root.find("img")] == [uri(row) for row in (1, 2, 0)]
 
