@@ -41,7 +41,7 @@ config = Experiment(
     ),
     data=(Data("emoji-text"),),
     train=Train(
-        steps=1200,
+        steps=900,
         batch_size=160,
         log_every=20,
         save_every=200,

@@ -1,7 +1,7 @@
 """The packaged model `emoji_rerank`: stage II for a picture and a change to it, started from `emoji_cir`.
 
 Below the last layer the branches are merged by their mean, in it by a linear map. Unlike the paper's, its picture and
-fusion encoders train too: those of a small model still have something to learn. About 30 minutes on 2 cores:
+fusion encoders train too: those of a small model still have something to learn. About 25 minutes on 2 cores:
 
     python -m cir_jax.train emoji_rerank --workdir runs/emoji_rerank
 """
@@ -32,11 +32,11 @@ config = Experiment(
         Data("emoji-composed", variant="both-peers", block=12),
     ),
     train=Train(
-        steps=2000,
+        steps=1600,
         batch_size=24,
         log_every=20,
         save_every=400,
-        eval_every=400,
+        eval_every=200,
         export_dtype="float16",
         augment=False,
     ),
