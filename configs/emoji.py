@@ -6,7 +6,7 @@
 from cir_jax.config import Evaluation, Run
 
 # How much of the first stage's score stays in the second stage's order; chosen on the validation split.
-TEXT_FUSION = 0.5
+TEXT_FUSION = 0.8
 DOCUMENT_FUSION = 0.5
 
 INDEXES = ("exact", "scann")

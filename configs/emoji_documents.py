@@ -2,7 +2,7 @@
 
 Trained on names, and on entities and summaries of the documents of training concepts, as they are and with their
 subject masked. The words start from, and stay, what a small sentence encoder makes of them
-(`cir_jax.data.emoji_v1.meanings`). About 15 minutes on 2 cores:
+(`cir_jax.data.emoji_v1.meanings`). About 10 minutes on 2 cores:
 
     python -m cir_jax.train emoji_documents --workdir runs/emoji_documents
 """

@@ -1,7 +1,7 @@
 """The packaged model `emoji_itm`: the second stage for names, BLIP's image-text matching in a small size.
 
 Trained on the same pictures and wordings as `emoji_text`, whose candidates it orders. The words start from, and stay,
-what a small sentence encoder makes of them (`cir_jax.data.emoji_v1.meanings`). About 15 minutes on 2 cores:
+what a small sentence encoder makes of them (`cir_jax.data.emoji_v1.meanings`). About 10 minutes on 2 cores:
 
     python -m cir_jax.train emoji_itm --workdir runs/emoji_itm
 """
