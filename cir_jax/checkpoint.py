@@ -69,7 +69,7 @@ def save_model(folder: str | os.PathLike, config, params, *, dtype="float32", ab
     Args:
       folder: must not exist; it appears only when it is whole.
       config: the method's config; its vocabulary file is copied in.
-      params: nested dict of arrays; stored as `dtype` ("float32" or "float16").
+      params: nested dict of arrays; stored as `dtype` ("float32", "float16" or "bfloat16").
       about: JSON-able facts kept in the manifest (training config, metrics, step).
     """
     params = jax.tree.map(lambda x: np.asarray(x).astype(dtype), jax.device_get(params))

@@ -58,7 +58,7 @@ class Train:
     save_every: int = 200
     eval_every: int = 200
     augment: bool = True
-    export_dtype: Literal["float32", "float16"] = "float32"
+    export_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ config = Experiment(
         log_every=20,
         save_every=400,
         eval_every=200,
-        export_dtype="float16",
+        export_dtype="bfloat16",
         augment=False,
     ),
     optim=Optim(lr=1e-3, warmup=100, frozen=("text/embeddings/embedding",)),

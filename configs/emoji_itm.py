@@ -46,7 +46,7 @@ config = Experiment(
         log_every=20,
         save_every=200,
         eval_every=150,
-        export_dtype="float16",
+        export_dtype="bfloat16",
     ),
     optim=Optim(lr=7e-4, weight_decay=0.3, warmup=50, frozen=("text/embeddings/embedding",)),
     init={"text/embeddings/embedding": str(WORD_MEANINGS)},

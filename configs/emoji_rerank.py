@@ -36,7 +36,7 @@ config = Experiment(
         log_every=100,
         save_every=1000,
         eval_every=1000,
-        export_dtype="float16",
+        export_dtype="bfloat16",
         augment=False,
     ),
     optim=Optim(lr=5e-4, warmup=100, frozen=("image/.*", "fusion/.*", "text/embeddings/embedding")),

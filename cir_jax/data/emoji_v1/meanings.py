@@ -25,9 +25,7 @@ from cir_jax.data.text import BERT_SPECIALS, TextSpec, clean, tokenizer, write_v
 WIDTH = 128
 KEPT = 96  # of these, what the table of words uses; the rest is zero
 STD = 0.05
-STEP = (
-    STD / 4
-)  # words are rounded to multiples of it, so that the table compresses to 4 bits a number
+STEP = STD / 4  # words are rounded to multiples of it, so that the table compresses well
 CONTEXT = 0.5  # weight of the texts beside the piece itself
 BATCH = 256
 LENGTH = 64  # tokens that the encoder reads of a text
