@@ -405,7 +405,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
             f"{row['milliseconds_per_query']:.2f}",
             recall,
         )
-    Console(width=None if sys.stdout.isatty() else 190, markup=False).print(table)
+    Console(width=None if sys.stdout.isatty() else 200, markup=False).print(table)
 
 
 def _gain_cells(row) -> tuple[str, str]:

@@ -4,10 +4,12 @@
 """
 
 from cir_jax.config import Evaluation, Run
+from cir_jax.data.documents import DocumentSpec
 
 # How much of the first stage's score stays in the second stage's order; chosen on the validation split.
 TEXT_FUSION = 0.8
 DOCUMENT_FUSION = 0.5
+EXTRACTS = DocumentSpec(source="builtin", summary="textrank")
 
 INDEXES = ("exact", "scann")
 
@@ -30,9 +32,10 @@ documents = tuple(
         index,
         "emoji_text",
         fusion=DOCUMENT_FUSION,
+        documents=EXTRACTS,
     )
     for variant in ("noto", "noto-masked")
     for index in INDEXES
 )
 
-config = Evaluation(runs=(*text, *text_full, *composed, *documents))
+config = Evaluation(runs=(*composed, *text, *text_full, *documents))
