@@ -8,6 +8,7 @@ from cir_jax.data.documents import DocumentSpec
 
 # How much of the first stage's score stays in the second stage's order; chosen on the validation split.
 TEXT_FUSION = 0.8
+COMPOSED_FUSION = 0.7
 DOCUMENT_FUSION = 0.5
 EXTRACTS = DocumentSpec(source="builtin", summary="textrank")
 
@@ -20,9 +21,11 @@ text = tuple(
 text_full = tuple(Run("emoji-text/noto-full/test", "emoji_text", index) for index in INDEXES)
 # All edits of the test split; and of them those between concepts that the split by concept holds out too. Their pairs
 # are unseen, but other edits in training show their pictures.
-composed = (
-    *(Run("emoji-composed/noto/test", "emoji_cir", index, "emoji_rerank") for index in INDEXES),
-    Run("emoji-composed/noto-concepts/test", "emoji_cir", "exact", "emoji_rerank"),
+composed = tuple(
+    Run(
+        f"emoji-composed/{variant}/test", "emoji_cir", index, "emoji_rerank", fusion=COMPOSED_FUSION
+    )
+    for variant, index in (("noto", "exact"), ("noto", "scann"), ("noto-concepts", "exact"))
 )
 # The entities ask one model, the summary another: they err differently.
 documents = tuple(
