@@ -132,7 +132,7 @@ def test_a_query_of_another_kind_is_refused(name):
         if kind in kinds:
             assert tiny(name).encode("query", [query]).shape[0] == 1
         else:
-            with pytest.raises(ValueError, match="a query of this model consists of"):
+            with pytest.raises(ValueError, match=r"a query of .* consists of"):
                 tiny(name).encode("query", [query])
 
 
@@ -146,7 +146,7 @@ def test_features_of_a_re_ranker_are_rows_on_the_host(name):
     for kind in ({"text"}, {"image"}, {"image", "text"}):
         if kind not in METHODS_OF[name].query_kinds:
             query = {part: pairs()[0]["query"][part] for part in kind}
-            with pytest.raises(ValueError, match="a query of this model consists of"):
+            with pytest.raises(ValueError, match=r"a query of .* consists of"):
                 model.features("query", [query])
 
 
