@@ -62,6 +62,7 @@ def print_results(results) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Search as the command line says; print the results, and write the page if one was asked for."""
     arguments = tyro.cli(Arguments, args=argv, prog="python -m cir_jax.search")
     if arguments.text is None and arguments.image is None and arguments.document is None:
         raise ValueError("a query needs --text, --image, both, or --document; none was given")

@@ -166,8 +166,7 @@ class Best:
 
         params = sharding.gather(optim.join(state["params"], state["frozen"]))
         model = Model(self.config.method, self.graph, params)
-        retriever = self.config.retriever
-        results = {name: measure(model, name, retriever) for name in self.config.evals}
+        results = {n: measure(model, n, self.config.retriever) for n in self.config.evals}
         score = (
             float(np.mean([r[self.config.best] for r in results.values()]))
             if results

@@ -20,7 +20,7 @@ text = tuple(
 )
 text_full = tuple(Run("emoji-text/noto-full/test", "emoji_text", index) for index in INDEXES)
 # All edits of the test split; and of them those between concepts that the split by concept holds out too. Their pairs
-# are unseen, but other edits in training show their pictures.
+# are unseen, but other edits in training show their pictures and say their names.
 composed = tuple(
     Run(
         f"emoji-composed/{variant}/test", "emoji_cir", index, "emoji_rerank", fusion=COMPOSED_FUSION

@@ -1,22 +1,19 @@
 """The packaged model `emoji_cir`: stage I for a picture and a change to it, BLIP's parts in a small size.
 
 Trained on the training edits (5,378 in each style) and on the names of training concepts. Pictures are not varied: the
-gallery is given, and every detail of it counts. About 25 minutes on 2 cores:
+gallery is given, and every detail of it counts. 44 minutes on 2 cores that another training
+shared:
 
     python -m cir_jax.train emoji_cir --workdir runs/emoji_cir
 """
 
 from cir_jax.config import Data, Experiment, Optim, Train
-from cir_jax.data.emoji import MEANINGS, VOCABULARY
-from cir_jax.data.images import ImageSpec
+from cir_jax.data.emoji import IMAGES, MEANINGS, VOCABULARY
 from cir_jax.data.inputs import Inputs
 from cir_jax.data.text import TextSpec
 from cir_jax.encoders.bert import BertConfig
 from cir_jax.encoders.vit import VitConfig
 from cir_jax.methods.blip_cir import BlipCirConfig
-
-# The pictures are drawn on white: a mean near white keeps the inputs small.
-GREY = {"mean": (0.75, 0.75, 0.75), "std": (0.35, 0.35, 0.35)}
 
 config = Experiment(
     method=BlipCirConfig(
@@ -35,7 +32,7 @@ config = Experiment(
         embed=128,
         remat=False,
         inputs=Inputs(
-            image=ImageSpec(size=64, background=(255, 255, 255), **GREY),
+            image=IMAGES,
             text=TextSpec(vocab=str(VOCABULARY), length=24),
         ),
     ),

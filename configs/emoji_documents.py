@@ -2,21 +2,17 @@
 
 Trained on names, and on entities and summaries of the documents of training concepts, as they are and with their
 subject masked. The words start from, and stay, what a small sentence encoder makes of them
-(`cir_jax.data.emoji_v1.meanings`). About 10 minutes on 2 cores:
+(`cir_jax.data.emoji_v1.meanings`). 15 minutes on 2 cores that another training shared:
 
     python -m cir_jax.train emoji_documents --workdir runs/emoji_documents
 """
 
 from cir_jax.config import Data, Experiment, Optim, Train
-from cir_jax.data.emoji import WORD_MEANINGS, WORDS
-from cir_jax.data.images import ImageSpec
+from cir_jax.data.emoji import IMAGES, WORD_MEANINGS, WORDS
 from cir_jax.data.inputs import Inputs
 from cir_jax.data.text import TextSpec
 from cir_jax.encoders.beit3 import Beit3Config
 from cir_jax.methods.cfir import CfirConfig
-
-# The pictures are drawn on white: a mean near white keeps the inputs small.
-GREY = {"mean": (0.75, 0.75, 0.75), "std": (0.35, 0.35, 0.35)}
 
 config = Experiment(
     method=CfirConfig(
@@ -36,7 +32,7 @@ config = Experiment(
         largest_scale=30.0,
         remat=False,
         inputs=Inputs(
-            image=ImageSpec(size=64, background=(255, 255, 255), **GREY),
+            image=IMAGES,
             text=TextSpec(kind="wordpiece", vocab=str(WORDS), length=48),
         ),
     ),

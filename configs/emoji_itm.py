@@ -1,22 +1,19 @@
 """The packaged model `emoji_itm`: the second stage for names, BLIP's image-text matching in a small size.
 
 Trained on the same pictures and wordings as `emoji_text`, whose candidates it orders. The words start from, and stay,
-what a small sentence encoder makes of them (`cir_jax.data.emoji_v1.meanings`). About 10 minutes on 2 cores:
+what a small sentence encoder makes of them (`cir_jax.data.emoji_v1.meanings`). 16 minutes on 2 cores that another
+training shared:
 
     python -m cir_jax.train emoji_itm --workdir runs/emoji_itm
 """
 
 from cir_jax.config import Data, Experiment, Optim, Train
-from cir_jax.data.emoji import WORD_MEANINGS, WORDS
-from cir_jax.data.images import ImageSpec
+from cir_jax.data.emoji import IMAGES, WORD_MEANINGS, WORDS
 from cir_jax.data.inputs import Inputs
 from cir_jax.data.text import TextSpec
 from cir_jax.encoders.bert import BertConfig
 from cir_jax.encoders.vit import VitConfig
 from cir_jax.methods.blip_itm import BlipItmConfig
-
-# The pictures are drawn on white: a mean near white keeps the inputs small.
-GREY = {"mean": (0.75, 0.75, 0.75), "std": (0.35, 0.35, 0.35)}
 
 config = Experiment(
     method=BlipItmConfig(
@@ -35,7 +32,7 @@ config = Experiment(
         embed=128,
         remat=False,
         inputs=Inputs(
-            image=ImageSpec(size=64, background=(255, 255, 255), **GREY),
+            image=IMAGES,
             text=TextSpec(kind="wordpiece", vocab=str(WORDS), length=24),
         ),
     ),

@@ -7,15 +7,11 @@ Only the word pieces start from something: what a small sentence encoder makes o
 """
 
 from cir_jax.config import Data, Experiment, Optim, Train
-from cir_jax.data.emoji import MEANINGS, VOCABULARY
-from cir_jax.data.images import ImageSpec
+from cir_jax.data.emoji import IMAGES, MEANINGS, VOCABULARY
 from cir_jax.data.inputs import Inputs
 from cir_jax.data.text import TextSpec
 from cir_jax.encoders.clip import TextConfig, VisionConfig
 from cir_jax.methods.clip import ClipConfig
-
-# The pictures are drawn on white: a mean near white keeps the inputs small.
-GREY = {"mean": (0.75, 0.75, 0.75), "std": (0.35, 0.35, 0.35)}
 
 config = Experiment(
     method=ClipConfig(
@@ -27,7 +23,7 @@ config = Experiment(
         largest_scale=30.0,
         patches_kept=0.5,
         inputs=Inputs(
-            image=ImageSpec(size=64, background=(255, 255, 255), **GREY),
+            image=IMAGES,
             text=TextSpec(vocab=str(VOCABULARY), length=24),
         ),
     ),

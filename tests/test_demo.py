@@ -145,8 +145,11 @@ def test_ranks_of_every_query_are_kept_and_give_the_metrics_again(output, rows, 
 def test_the_table_shows_every_row(output, rows):
     lines = [line for line in output[1].splitlines() if line.startswith(" emoji-")]
     assert len(lines) == len(rows)
-    for row in rows:
-        assert any(f"{100 * row['metrics']['recall@10']:.1f} (" in line for line in lines)
+    for line, row in zip(lines, rows, strict=True):
+        name, stage, index = line.split()[:3]
+        assert name == f"{row['benchmark']}/{row['variant']}/{row['split']}"
+        assert (stage, index) == (str(row["stage"]), row["index"])
+        assert f" {100 * row['metrics']['recall@10']:.1f} (" in line
 
 
 def test_the_report_shows_pictures_of_both_stages_and_fetches_nothing(output, rows):

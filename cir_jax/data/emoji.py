@@ -25,6 +25,7 @@ from cir_jax.data.benchmark import Benchmark
 from cir_jax.data.documents import BUILTIN, extract
 from cir_jax.data.emoji_v1 import rules
 from cir_jax.data.emoji_v1.rules import Item, Triplet
+from cir_jax.data.images import ImageSpec
 
 FOLDER = Path(__file__).resolve().parent / "emoji_v1"
 VOCABULARY = FOLDER / "vocabulary.txt.gz"  # byte pairs of the training texts
@@ -35,6 +36,10 @@ WORDS = FOLDER / "words.txt.gz"  # WordPiece: the English words of MiniLM's voca
 WORD_MEANINGS = (
     FOLDER / "word_meanings.npz"
 )  # [26592, 128] float16, where the entries of `WORDS` start
+# How the demo's models read the pictures. They are drawn on white: a mean near white keeps the inputs small.
+IMAGES = ImageSpec(
+    size=64, background=(255, 255, 255), mean=(0.75, 0.75, 0.75), std=(0.35, 0.35, 0.35)
+)
 STYLES = ("noto", "twemoji")
 SPLITS = ("train", "val", "test")
 SIZE = 64  # side of a picture
@@ -415,8 +420,7 @@ def composed_benchmark(
     style, flags = _variant(variant, ("disjoint", "concepts"), disjoint=concept_disjoint)
     edits = _edits(split, "disjoint" in flags)
     if "concepts" in flags:
-        inside = {items()[row].id for row in _of_split(split)}
-        edits = [edit for edit in edits if {edit.reference, edit.target} <= inside]
+        edits = _within(edits, split)
     references = [rows()[edit.reference] for edit in edits]
     answers = [
         [row for row in twins(style)[rows()[edit.target]] if row != reference]
@@ -588,13 +592,17 @@ def _edits(split, concept_disjoint=False, pair_disjoint=False):
     _check("split", split, SPLITS)
     if not concept_disjoint:
         return triplets()[split]
-    inside = {items()[row].id for row in _of_split(split)}
     return [
         edit
-        for edit in all_triplets()
-        if {edit.reference, edit.target} <= inside
-        and (not pair_disjoint or rules.pair_split(*edit[:3]) == split)
+        for edit in _within(all_triplets(), split)
+        if not pair_disjoint or rules.pair_split(*edit[:3]) == split
     ]
+
+
+def _within(edits, split):
+    """The edits between two emoji whose concepts belong to a split."""
+    inside = {items()[row].id for row in _of_split(split)}
+    return [edit for edit in edits if {edit.reference, edit.target} <= inside]
 
 
 @functools.cache

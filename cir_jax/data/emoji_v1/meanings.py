@@ -32,6 +32,7 @@ LENGTH = 64  # tokens that the encoder reads of a text
 
 
 def main(folder: Path) -> None:
+    """Write both tables, and the vocabulary of words, from the model in `folder`."""
     read = sentence_encoder(folder)
     known = sorted({clean(text) for text in texts()})
     sentences = read(known)
