@@ -2,8 +2,10 @@
 
 import dataclasses
 import datetime
+import hashlib
 import itertools
 import platform
+import re
 import sys
 import time
 from collections import defaultdict
@@ -44,15 +46,10 @@ class Arguments:
 
 @lru_cache(maxsize=8)
 def named_benchmark(name: str):
-    """The benchmark written `name/variant/split`."""
-    from cir_jax.data import open_benchmark
+    """`cir_jax.data.named_benchmark`, opened once."""
+    from cir_jax import data
 
-    parts = name.split("/")
-    if len(parts) != 3:
-        raise ValueError(
-            f"benchmark {name!r} must be written name/variant/split, as emoji-text/noto/test"
-        )
-    return open_benchmark(*parts)
+    return data.named_benchmark(name)
 
 
 def measure(model, name: str, retriever: str = "", k: int = 50) -> dict[str, float]:
@@ -166,11 +163,15 @@ def _subset_values(run: Run, items) -> dict[str, np.ndarray]:
 
 
 def _tuning_queries(run: Run) -> np.ndarray | None:
-    """Query vectors of the validation split, on which an approximate index is tuned; None if that is evaluated."""
+    """Query vectors of the validation split, on which an approximate index is tuned.
+
+    None if that is evaluated, or if there is none because the benchmark is a folder of one's own.
+    """
+    from cir_jax.data import BENCHMARKS, benchmark_parts
     from cir_jax.retrieval import Queries
 
-    name, variant, split = run.benchmark.split("/")
-    if split == "val":
+    name, variant, split = benchmark_parts(run.benchmark)
+    if split == "val" or name not in BENCHMARKS:
         return None
     asked = Queries(named_benchmark(f"{name}/{variant}/val").queries, 1, run.documents)
     vectors = _model(run.retriever).encode("query", asked)
@@ -324,15 +325,31 @@ def environment() -> dict[str, Any]:
 
 
 def with_variants(evaluation: Evaluation, variants: tuple[str, ...]) -> Evaluation:
-    """The same runs on other variants: `noto-full` becomes `twemoji-full` for `twemoji`."""
+    """The same runs on other variants: `noto-full` becomes `twemoji-full` for `twemoji`.
+
+    Benchmarks of one's own have no variants and stay as they are.
+    """
+    from cir_jax.data import BENCHMARKS, benchmark_parts
+
     if not variants:
         return evaluation
     runs = []
     for run, variant in itertools.product(evaluation.runs, variants):
-        name, old, split = run.benchmark.split("/")
+        name, old, split = benchmark_parts(run.benchmark)
         new = "-".join([variant, *old.split("-")[1:]])
-        runs.append(dataclasses.replace(run, benchmark=f"{name}/{new}/{split}"))
+        other = f"{name}/{new}/{split}" if name in BENCHMARKS else run.benchmark
+        runs.append(dataclasses.replace(run, benchmark=other))
     return Evaluation(tuple(dict.fromkeys(runs)))
+
+
+def with_limit(evaluation: Evaluation, n: int) -> Evaluation:
+    """The same runs on the first `n` queries of each benchmark (`cir_jax.data.benchmark.limited`); 0 for all."""
+    from cir_jax.data import limited_name
+
+    name = lambda run: limited_name(run.benchmark, n) if n else run.benchmark
+    return Evaluation(
+        tuple(dataclasses.replace(run, benchmark=name(run)) for run in evaluation.runs)
+    )
 
 
 def evaluate(evaluation: Evaluation, output: Path) -> list[dict[str, Any]]:
@@ -374,11 +391,17 @@ def _benchmark_of(row):
 def _file_name(row) -> str:
     """What distinguishes one stage of one run, as a file name."""
     models = [f"{Path(c['name']).name}-{c['fingerprint']}" for c in row["checkpoints"]]
-    names = [row["benchmark"], row["variant"], row["split"], *models, row["index_asked"]]
+    names = [_plain(row["benchmark"]), row["variant"], row["split"], *models, row["index_asked"]]
     if row["stage"] == 2:
         names.append(f"k{row['k']}")
         names += [] if row["fusion"] is None else [f"fusion{row['fusion']:g}"]
     return "-".join(names)
+
+
+def _plain(name: str) -> str:
+    """The name of a benchmark as part of a file name; of a folder the last part, and a digest of the whole path."""
+    plain = re.sub(r"[^\w-]+", "_", Path(name).name)[:40]
+    return plain if plain == name else f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:

@@ -1,5 +1,6 @@
 """`python -m cir_jax.train CONFIG --workdir DIR [--field value …]`: the one training loop, for every method."""
 
+import contextlib
 import json
 import shutil
 import sys
@@ -91,6 +92,8 @@ def check_experiment(config: Experiment) -> None:
         value = getattr(config.train, name)
         if value < 1:
             raise ValueError(f"train.{name} is {value}; it must be at least 1")
+    if config.train.limit < 0:
+        raise ValueError(f"train.limit is {config.train.limit}; it must be at least 0 (no limit)")
     method = config.method
     words, tower = tokenizer(method.inputs.text), getattr(method, "encoder", None) or method.text
     special = METHODS[method_name(method)][1].special_rows
@@ -210,8 +213,16 @@ def train(config: Experiment, workdir: Path) -> Path:
     """Run an experiment to its end and return the folder of its best model.
 
     The state is restored from the newest checkpoint of `workdir` if there is one; from then on the run repeats what
-    an undisturbed one would have computed, bit for bit on the same mesh.
+    an undisturbed one would have computed, bit for bit on the same mesh. BlockingIOError if another run is at it.
     """
+    with files.explained(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
+    with files.lock(workdir) if processes.first() else contextlib.nullcontext():
+        prepare_workdir(config, workdir)  # once more, now that nobody else writes
+        return _train(config, workdir)
+
+
+def _train(config: Experiment, workdir: Path) -> Path:
     import jax
     import numpy as np
 
@@ -270,10 +281,13 @@ def training_batches(config: Experiment, start: int):
     import jax
 
     from cir_jax.data import training_set
+    from cir_jax.data.benchmark import first_rows
     from cir_jax.data.pipeline import train_batches
 
+    datasets = [first_rows(training_set(data), config.train.limit) for data in config.data]
+    check_parts(datasets, config)
     return train_batches(
-        [training_set(data) for data in config.data],
+        datasets,
         [data.weight for data in config.data],
         config.method.inputs,
         blocks=[data.block for data in config.data],
@@ -284,6 +298,22 @@ def training_batches(config: Experiment, start: int):
         processes=jax.process_count(),
         augmented=config.train.augment,
     )
+
+
+def check_parts(datasets, config: Experiment) -> None:
+    """Refuse training sets whose queries have other parts than the method takes; a part too many would be ignored."""
+    from cir_jax.methods import METHODS, method_name
+
+    name = method_name(config.method)
+    kinds = METHODS[name][1].query_kinds
+    for data, dataset in zip(config.data, datasets):
+        query = dataset[0]["query"] if len(dataset) else {}
+        parts = {part.removesuffix("s") for part in query}  # "texts" offers several texts
+        if query and parts not in kinds:
+            found, wanted = " and ".join(sorted(parts)), [" and ".join(sorted(k)) for k in kinds]
+            raise ValueError(
+                f"the queries of {data.root or data.name} consist of {found}; {name} takes {', or '.join(wanted)}"
+            )
 
 
 def check_finite(metrics: Mapping, step: int) -> Mapping:

@@ -1,11 +1,14 @@
 """Data sets for training and benchmarks for evaluation, by name."""
 
+import dataclasses
 import difflib
+import os
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from cir_jax.data import emoji
-from cir_jax.data.benchmark import Benchmark, Dataset
+from cir_jax.data import emoji, own
+from cir_jax.data.benchmark import Benchmark, Dataset, limited
 
 if TYPE_CHECKING:
     from cir_jax.config import Data
@@ -16,6 +19,9 @@ DATASETS: dict[str, Callable[..., Dataset]] = {
     "emoji-composed": emoji.composed_pairs,
     "emoji-documents": emoji.document_pairs,
 }
+
+# name -> function(root) of the same, from a table of one's own
+TABLES: dict[str, Callable[[str], Dataset]] = {"pairs": own.pairs, "triplets": own.triplets}
 
 # name -> function(variant=, split=) of a Benchmark
 BENCHMARKS: dict[str, Callable[..., Benchmark]] = {
@@ -29,12 +35,33 @@ def training_set(data: "Data") -> Dataset:
     """The raw pairs that one entry of `Experiment.data` names.
 
     Raises:
-      ValueError: an unknown name, variant or split; the message lists the known ones.
+      ValueError: an unknown name, variant or split; the message lists the known ones. A table of
+        one's own without its path, or one that cannot be read (`cir_jax.data.own`).
     """
-    make = _known("data set", data.name, DATASETS)
+    make = _known("data set", data.name, DATASETS | TABLES)
+    if data.name in TABLES:
+        return make(_table_of(data))
     if data.root:
         raise ValueError(f"{data.name} is built in and has no root; found {data.root!r}")
     return make(variant=data.variant, split=data.split)
+
+
+def _table_of(data) -> str:
+    """The path of a table; it is all there is to choose."""
+    if not data.root:
+        raise ValueError(
+            f"{data.name} needs a table; give its path, as "
+            f'Data({data.name!r}, root="shop/train.csv")'
+        )
+    defaults = {field.name: field.default for field in dataclasses.fields(data)}
+    for name in ("variant", "split"):
+        # Ignored, they would promise a choice among rows that nobody makes.
+        if getattr(data, name) != defaults[name]:
+            raise ValueError(
+                f"{data.root} is one set of {data.name} and has no {name} "
+                f"{getattr(data, name)!r}; give each part a table of its own"
+            )
+    return data.root
 
 
 def open_benchmark(name: str, variant: str = "noto", split: str = "test", **options) -> Benchmark:
@@ -50,6 +77,53 @@ def open_benchmark(name: str, variant: str = "noto", split: str = "test", **opti
       ValueError: an unknown name, variant or split; the message lists the known ones.
     """
     return _known("benchmark", name, BENCHMARKS)(variant=variant, split=split, **options)
+
+
+def named_benchmark(name: str) -> Benchmark:
+    """The benchmark that a config names.
+
+    Args:
+      name: `name/variant/split` of a registered one, or the folder of one's own (`own.benchmark`).
+        A variant may end in `-first30` (`limited`); for a folder `FOLDER/own-first30/all` says so,
+        which is what joining name, variant and split of its benchmark gives.
+
+    Raises:
+      ValueError: neither; the message lists the known ones. And what these raise.
+    """
+    base, variant, split = benchmark_parts(name)
+    full, first = _without_limit(variant)
+    benchmark = open_benchmark(base, full, split) if base in BENCHMARKS else own.benchmark(base)
+    return limited(benchmark, first) if first else benchmark
+
+
+def limited_name(name: str, n: int) -> str:
+    """The name of a benchmark limited to its first `n` queries."""
+    base, variant, split = benchmark_parts(name)
+    return f"{base}/{_without_limit(variant)[0]}-first{n}/{split}"
+
+
+def benchmark_parts(name: str) -> tuple[str, str, str]:
+    """(name, variant, split) of what a config calls a benchmark; a registered name wins over a folder."""
+    base, _, rest = name.partition("/")
+    if base in BENCHMARKS and rest.count("/") == 1:
+        return base, *rest.split("/")
+    if os.path.isdir(name):
+        return os.path.normpath(name), own.VARIANT, own.SPLIT
+    base, *rest = name.rsplit("/", 2)
+    if len(rest) == 2 and rest[1] == own.SPLIT and _without_limit(rest[0])[0] == own.VARIANT:
+        return base, *rest
+    close = difflib.get_close_matches(name.partition("/")[0], BENCHMARKS, 1)
+    raise ValueError(
+        f"there is no benchmark {name!r}; expected name/variant/split, as emoji-text/noto/test, with "
+        f"one of {', '.join(BENCHMARKS)}, or a folder with queries and a gallery"
+        + (f"; did you mean {close[0]!r}?" if close else "")
+    )
+
+
+def _without_limit(variant: str) -> tuple[str, int]:
+    """`noto`, 30 of `noto-first30`; 0 where nothing is limited."""
+    match = re.fullmatch(r"(.*)-first([1-9]\d*)", variant)
+    return (match[1], int(match[2])) if match else (variant, 0)
 
 
 def _known(what, name, table):

@@ -1,8 +1,11 @@
 """What a benchmark is: queries, a gallery, and which gallery rows answer which query."""
 
+import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
+
+OTHERS = 10  # gallery items beside those needed, for each query of a limited benchmark
 
 
 class Dataset(Protocol):
@@ -73,3 +76,52 @@ def _row_faults(benchmark):
         outside = sorted({row for rows in lists for row in rows if not 0 <= row < items})
         if outside:
             yield f"{field} names rows outside the gallery of {items}: {outside[:5]}"
+
+
+class Chosen(Sequence):
+    """Some rows of a data set, in the order given; read when they are needed."""
+
+    def __init__(self, dataset: Dataset, rows: Sequence[int]):
+        self.dataset, self.rows = dataset, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> Mapping:
+        return self.dataset[self.rows[row]]
+
+
+def first_rows(dataset: Dataset, limit: int) -> Dataset:
+    """The first rows of a data set; all of them where `limit` is 0 or above their number."""
+    return Chosen(dataset, range(limit)) if 0 < limit < len(dataset) else dataset
+
+
+def limited(benchmark: Benchmark, n: int) -> Benchmark:
+    """A smaller benchmark for a quick try: the first `n` queries among fewer items.
+
+    Its gallery holds what these queries need (right answers, references, subsets) and the first
+    10 * n other items, in their old order. Such a gallery is easier, so the numbers say nothing about
+    the whole benchmark; the variant says so: `noto-first30`.
+    """
+    if n < 1:
+        raise ValueError(f"a benchmark limited to {n} queries; expected at least 1")
+    n = min(n, len(benchmark.queries))
+    exclude, subset = benchmark.exclude[:n], benchmark.subset[:n]
+    needed = {row for rows in (*benchmark.positives[:n], *subset) for row in rows}
+    needed |= {row for row in exclude if row >= 0}
+    others = (row for row in range(len(benchmark.gallery)) if row not in needed)
+    kept = sorted(needed.union(itertools.islice(others, OTHERS * n)))
+    place = {row: number for number, row in enumerate(kept)}
+    return replace(
+        benchmark,
+        variant=f"{benchmark.variant}-first{n}",
+        queries=Chosen(benchmark.queries, range(n)),
+        gallery=Chosen(benchmark.gallery, kept),
+        ids=[benchmark.ids[row] for row in kept],
+        positives=[
+            {place[row]: grade for row, grade in found.items()} for found in benchmark.positives[:n]
+        ],
+        exclude=[place.get(row, -1) for row in exclude],
+        subset=[[place[row] for row in rows] for rows in subset],
+        rules=benchmark.rules[:n],
+    )

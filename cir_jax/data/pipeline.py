@@ -11,6 +11,7 @@ import numpy as np
 
 from cir_jax.data.augment import augment, drop_words
 from cir_jax.data.benchmark import Dataset
+from cir_jax.data.images import crop
 from cir_jax.data.inputs import Inputs, prepare_batch
 
 
@@ -19,7 +20,8 @@ def _examples(
 ) -> dict:
     """Arrays of training pairs."""
     pairs = [
-        {part: _drawn(raw[part], rng, augmented) for part in ("query", "item")} for raw in raws
+        {part: _drawn(raw[part], rng, inputs, augmented) for part in ("query", "item")}
+        for raw in raws
     ]
     batch = {part: prepare_batch([pair[part] for pair in pairs], inputs) for part in pairs[0]}
     if "group" in raws[0]:
@@ -27,7 +29,7 @@ def _examples(
     return batch
 
 
-def _drawn(side: Mapping, rng: np.random.Generator, augmented: bool) -> dict:
+def _drawn(side: Mapping, rng: np.random.Generator, inputs: Inputs, augmented: bool) -> dict:
     """One side of a pair as this step shows it: one of its wordings, its picture changed a little."""
     values = dict(side)
     if "texts" in values:
@@ -36,7 +38,10 @@ def _drawn(side: Mapping, rng: np.random.Generator, augmented: bool) -> dict:
         if augmented:
             values["text"] = drop_words(values["text"], rng)
     if augmented and "image" in values:
-        values["image"] = augment(values["image"], rng)
+        image = values["image"]
+        # A file is decoded and cut first: what would be cut off later shall not be computed.
+        pixels = image if isinstance(image, np.ndarray) else crop(image, inputs.image)
+        values["image"] = augment(pixels, rng)
     return values
 
 

@@ -4,10 +4,7 @@
 opens the same gallery again from an index on disk.
 """
 
-import csv
 import functools
-import io
-import json
 import os
 import re
 import tarfile
@@ -17,12 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from cir_jax.data.tables import TABLES, read_table, read_text, relative
+
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-LISTS = (".txt", ".jsonl", ".csv")
+LISTS = (".txt", *TABLES)
 UNDERSTOOD = """a gallery is one of
   a folder of pictures, searched with its subfolders
-  a list file: .txt with a path per line; .jsonl or .csv with `image` and, if known, `id`, `text`;
-    paths are relative to the list
+  a list file: .txt with a path per line; .jsonl, .csv or .parquet with `image` and, if known,
+    `id`, `text`; paths are relative to the list
   tar shards with files KEY.jpg and, if known, KEY.txt: x.tar, a folder of such files,
     'x-{00000..00003}.tar' or 'x-*.tar'
   a built-in data set: emoji, emoji:noto, emoji:twemoji"""
@@ -160,10 +159,9 @@ def _list(file):
     root = file.parent
     faults, paths = [], []
     for record in records:
-        path = os.path.normpath(os.path.relpath(root / record["image"], root))
-        if path.split(os.sep)[0] == "..":
+        paths.append(relative(record["image"], root))
+        if paths[-1] is None:
             faults.append(record["image"])
-        paths.append(Path(path).as_posix())
     if faults:
         raise ValueError(
             f"{len(faults)} paths in {file} lead out of its folder {root}, the first {faults[:5]}; "
@@ -178,34 +176,13 @@ def _list(file):
 
 
 def _text_records(file):
-    for line in _text(file).split("\n"):
+    for line in read_text(file).split("\n"):
         yield {"image": line.strip()}
 
 
-def _json_records(file):
-    for number, line in enumerate(_text(file).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file}, line {number} is not JSON: {error}") from None
-        if not isinstance(record, dict):
-            raise ValueError(f"{file}, line {number} is no JSON object with `image`: {line[:60]}")
-        yield _record(record, f"{file}, line {number}")
-
-
 def _table_records(file):
-    reader = csv.DictReader(io.StringIO(_text(file), newline=""))
-    for record in reader:
-        yield _record(record, f"{file}, line {reader.line_num}")
-
-
-def _text(file):
-    try:
-        return file.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8: {error}") from None
+    for place, values in read_table(file):
+        yield _record(values, place)
 
 
 def _record(record, place):
@@ -217,7 +194,7 @@ def _record(record, place):
     return {key: str(value) for key, value in known.items() if value is not None}
 
 
-_RECORDS = {".txt": _text_records, ".jsonl": _json_records, ".csv": _table_records}
+_RECORDS = {".txt": _text_records, **dict.fromkeys(TABLES, _table_records)}
 
 
 # ---- tar shards ----
