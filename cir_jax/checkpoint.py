@@ -7,8 +7,10 @@ the vocabulary. A *training state* lives in `WORKDIR/checkpoints/STEP/` with sep
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,9 +30,9 @@ def abstract_params(config):
     return graph, nnx.to_pure_dict(state)
 
 
-def fingerprint(config, params, vocabulary: str) -> str:
-    """16 hex digits over the config, every parameter as float32 and the digest of the vocabulary file."""
-    digest = hashlib.sha256(json.dumps([_portable(config), vocabulary], sort_keys=True).encode())
+def fingerprint(config: Mapping, params, vocabulary: str) -> str:
+    """16 hex digits over the stored config, every parameter as float32 and the digest of the vocabulary file."""
+    digest = hashlib.sha256(json.dumps([config, vocabulary], sort_keys=True).encode())
     for name, x in sorted(traverse_util.flatten_dict(params, sep="/").items()):
         digest.update(f"{name}{x.shape}".encode())
         digest.update(np.ascontiguousarray(x, np.float32).tobytes())
@@ -52,6 +54,12 @@ def _with_vocabulary(config, folder: Path):
         return config
     text = replace(text, vocab=str(folder / Path(text.vocab).name))
     return replace(config, inputs=replace(config.inputs, text=text))
+
+
+def _vocabulary(config, sums: Mapping[str, str]) -> str:
+    """The digest of the vocabulary file of a checkpoint, "clip" for the packaged one."""
+    name = config.inputs.text.vocab
+    return name if name == "clip" else sums[Path(name).name]
 
 
 def _alone() -> ocp.StandardCheckpointer:
@@ -86,9 +94,7 @@ def save_model(folder: str | os.PathLike, config, params, *, dtype="float32", ab
             for path in sorted((part / "params").rglob("*"))
             if path.is_file()
         }
-        mark = fingerprint(
-            config, params, next(iter(sums.values())) if vocabulary != "clip" else "clip"
-        )
+        mark = fingerprint(_portable(config), params, _vocabulary(config, sums))
         manifest = {
             "format": files.FORMAT,
             "kind": "checkpoint",
@@ -105,25 +111,87 @@ def save_model(folder: str | os.PathLike, config, params, *, dtype="float32", ab
 
 
 def read_model(folder: str | os.PathLike):
-    """(config, graph, float32 params as numpy, manifest) of a model folder; its checksums are verified."""
-    folder = Path(folder)
+    """(config, graph, float32 params as numpy, manifest) of a model folder.
+
+    ValueError if it is damaged or was changed: files by their checksums, config and parameters by the fingerprint.
+    """
+    folder = files.local_path(folder)
     manifest = files.read_manifest(folder, "checkpoint")
     if manifest["method"] not in METHODS:
         raise ValueError(
             f"{folder} holds a model of method {manifest['method']!r}; this version knows {', '.join(METHODS)}"
         )
+    config = _stored_config(folder, manifest)
     files.check_sums(folder, manifest["sums"])
-    config = from_json(METHODS[manifest["method"]][0], manifest["config"])
-    config = _with_vocabulary(config, folder)
-    graph, shapes = abstract_params(config)
-    with _alone() as checkpointer:
-        dtype = np.dtype(manifest["dtype"])
-        place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        target = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=place), shapes
+    graph, shapes = _fitting_params(folder, config, manifest["parameters"])
+    params = _restore(folder, shapes, np.dtype(manifest["dtype"]))
+    mark = fingerprint(manifest["config"], params, _vocabulary(config, manifest["sums"]))
+    if mark != manifest["fingerprint"]:
+        raise ValueError(
+            f"{folder.absolute()} was changed: its config and parameters have the fingerprint {mark}, its manifest "
+            f"says {files.shown(manifest['fingerprint'])}; copy the folder again"
         )
-        params = checkpointer.restore((folder / "params").absolute(), target)
-    return config, graph, jax.tree.map(lambda x: np.asarray(x, np.float32), params), manifest
+    return _with_vocabulary(config, folder), graph, params, manifest
+
+
+def _stored_config(folder: Path, manifest: Mapping):
+    """The config of a manifest; ValueError if it is none of this version or asks for a vocabulary that is not there."""
+    place = f"{folder.absolute()}/{files.MANIFEST}"
+    try:
+        config = from_json(METHODS[manifest["method"]][0], manifest["config"])
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
+    name = config.inputs.text.vocab
+    if name != "clip" and Path(name).name not in manifest["sums"]:
+        fault = f"config.inputs.text.vocab is {files.shown(name)}, which is not among sums"
+        files.refuse_manifest(folder, "checkpoint", [fault])
+    return config
+
+
+def _fitting_params(folder: Path, config, parameters: int):
+    """Graph and shapes of a stored config; ValueError if no model of so many parameters can be made of it."""
+    # Before anything is built: no side of an array is longer than the model, and absurd numbers take hours.
+    faults = [
+        f"{name} is {value}"
+        for name, value in _whole_numbers(to_json(config))
+        if value > parameters
+    ]
+    try:
+        graph, shapes = (None, None) if faults else abstract_params(config)
+    except Exception as error:  # whatever NumPy, JAX and Flax raise for sizes that fit no array
+        faults.append(" ".join(str(error).split())[:300])
+    else:
+        count = sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
+        if not faults and count != parameters:
+            faults.append(f"its config describes {count}")
+    if faults:
+        raise ValueError(
+            f"{folder.absolute()}/{files.MANIFEST} has a config that does not fit its {parameters} parameters: "
+            f"{'; '.join(faults)}; copy the folder again"
+        )
+    return graph, shapes
+
+
+def _whole_numbers(value, name: str = "config") -> list[tuple[str, int]]:
+    """Every whole number in a JSON value, by its dotted name."""
+    if isinstance(value, dict):
+        return [found for k, v in value.items() for found in _whole_numbers(v, f"{name}.{k}")]
+    return [(name, value)] if type(value) is int else []
+
+
+def _restore(folder: Path, shapes, dtype):
+    """Parameters of these shapes, stored as `dtype`, as float32."""
+    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=place), shapes)
+    try:
+        with _alone() as checkpointer:
+            params = checkpointer.restore((folder / "params").absolute(), target)
+    except Exception as error:  # Orbax and TensorStore raise many kinds, with pages of text
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"{folder.absolute()}/params is not what the manifest describes ({reason}); copy the folder again"
+        ) from error
+    return jax.tree.map(lambda x: np.asarray(x, np.float32), params)
 
 
 class TrainingStates:

@@ -5,22 +5,108 @@ vectors and indexes are memory mapped, which a bucket address does not allow.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 TEMPORARY = ".tmp-"
+LOCK = ".lock"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 MADE_BY = {
     "vectors": "python -m cir_jax.embed",
     "index": "python -m cir_jax.index",
     "checkpoint": "python -m cir_jax.train",
+}
+
+
+def _is_file_name(x: Any) -> bool:
+    """True for a path that a file can have and that stays below the folder it is relative to."""
+    try:
+        name = x.encode(errors="surrogateescape")
+    except (AttributeError, UnicodeEncodeError):
+        return False
+    path = PurePosixPath(x)
+    inside = bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+    return inside and b"\0" not in name and len(name) < 256
+
+
+def _is_sum(x: Any) -> bool:
+    return type(x) is str and bool(re.fullmatch("[0-9a-f]{64}", x))
+
+
+def _is_count(x: Any) -> bool:
+    return type(x) is int and 0 <= x < 2**48
+
+
+# What a field may be required to be: the words of the error, and whether a value is it.
+IS = {
+    "true or false": lambda x: type(x) is bool,
+    "a whole number from 0 on": _is_count,
+    "a whole number from 0 on, or null": lambda x: x is None or _is_count(x),
+    "a finite number": lambda x: type(x) in (int, float) and abs(x) < 1e300,
+    "text": lambda x: type(x) is str,
+    "text or null": lambda x: x is None or type(x) is str,
+    "an object": lambda x: type(x) is dict,
+    "an object, text or null": lambda x: x is None or type(x) in (dict, str),
+    "a file inside the folder": _is_file_name,
+    "a SHA-256": _is_sum,
+    "SHA-256 sums by file": lambda x: (
+        type(x) is dict and all(_is_file_name(k) and _is_sum(v) for k, v in x.items())
+    ),
+    "float32 or float16": lambda x: x in ("float32", "float16"),
+    "float32, float16 or bfloat16": lambda x: x in ("float32", "float16", "bfloat16"),
+    "exact or scann": lambda x: x in ("exact", "scann"),
+}
+# Fields of each kind of manifest beside `format` and `kind`; [x] is a list of x. More fields are no fault.
+FIELDS = {
+    "vectors": {
+        "complete": "true or false",
+        "rows": "a whole number from 0 on",
+        "dtype": "float32 or float16",
+        "width": "a whole number from 0 on, or null",
+        "fingerprint": "text or null",
+        "checkpoint": "text or null",
+        "gallery": "an object, text or null",
+        "skipped": [{"id": "text", "reason": "text"}],
+        "shards": [
+            {
+                "vectors": "a file inside the folder",
+                "ids": "a file inside the folder",
+                "start": "a whole number from 0 on",
+                "stop": "a whole number from 0 on",
+                "sha256": {"vectors": "a SHA-256", "ids": "a SHA-256"},
+            }
+        ],
+    },
+    "index": {
+        "index": "exact or scann",
+        "rows": "a whole number from 0 on",
+        "width": "a whole number from 0 on",
+        "fingerprint": "text or null",
+        "checkpoint": "text or null",
+        "gallery": "an object, text or null",
+        "vectors": "a file inside the folder",
+        "files": "SHA-256 sums by file",
+    },
+    "checkpoint": {
+        "method": "text",
+        "config": "an object",
+        "dtype": "float32, float16 or bfloat16",
+        "parameters": "a whole number from 0 on",
+        "fingerprint": "text",
+        "about": "an object",
+        "sums": "SHA-256 sums by file",
+    },
 }
 
 
@@ -35,8 +121,67 @@ def local_path(path: str | os.PathLike) -> Path:
 
 def sha256(path: str | os.PathLike) -> str:
     """The SHA-256 of a file in hexadecimal, read in pieces."""
-    with open(path, "rb") as file:
+    with explained(path, "read"), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def explained(path: str | os.PathLike, done: str = "written") -> Iterator[None]:
+    """Say in one line that `path` could not be `done`, and why, if a full disk or a permission ends the block."""
+    try:
+        yield
+    except Exception as error:
+        code = _code(error)
+        if code not in FULL + CLOSED:
+            raise
+        remedy = "make room (or raise the limit) and repeat; what was complete before is unchanged"
+        if code in CLOSED:
+            remedy = "ask its owner for the permission, or choose another place"
+        place = Path(path).absolute()
+        told = f"{place} could not be {done}: {os.strerror(code).lower()}; {remedy}"
+        again = type(OSError(code, ""))(told)
+        again.errno = code
+        raise again from error
+
+
+def _code(error: Exception) -> int | None:
+    """The number of the operating system's error that an exception stands for."""
+    if isinstance(error, OSError) and error.errno:
+        return error.errno
+    # Orbax and ScaNN tell it in words only, and NumPy only how many values it could not write.
+    if isinstance(error, OSError) and re.search(r"\d+ requested and \d+ written", str(error)):
+        return errno.ENOSPC
+    return next((code for code in FULL if os.strerror(code) in str(error)), None)
+
+
+@contextlib.contextmanager
+def lock(folder: str | os.PathLike) -> Iterator[None]:
+    """Hold `folder`, which exists, for one writer; BlockingIOError at once if another one has it.
+
+    However the holder ends, kill -9 too, the operating system frees the lock. Its file `.lock` lies inside, because a
+    writer of a folder may not be allowed to write beside it, and goes when the block ends, so that two folders with
+    the same content stay the same; one that a killed process left means nothing. Readers need no lock: what they
+    read is complete at any time.
+    """
+    import filelock
+
+    folder = local_path(folder)
+    # Not per thread, the default: a writer may be closed by another thread than the one that opened it.
+    held = filelock.FileLock(folder / LOCK, thread_local=False)
+    try:
+        with explained(folder):
+            held.acquire(blocking=False)
+    except filelock.Timeout:
+        raise BlockingIOError(
+            f"another process is writing {folder.absolute()}; wait for it or choose another folder"
+        ) from None
+    try:
+        yield
+    finally:
+        # Before the release: afterwards it may be the file of the next holder. filelock does not accept a lock on a
+        # file that is gone.
+        (folder / LOCK).unlink(missing_ok=True)
+        held.release()
 
 
 @contextlib.contextmanager
@@ -47,13 +192,15 @@ def write_atomically(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = local_path(path)
     temporary = _temporary(path)
-    try:
-        yield temporary
-        _flush(temporary)
-        os.replace(temporary, path)
-        _flush(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with explained(path):
+        try:
+            yield temporary
+            _flush(temporary)
+            os.replace(temporary, path)
+            _flush(path.parent)
+        finally:
+            with contextlib.suppress(PermissionError):  # in a folder that nothing was written to
+                temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -64,18 +211,29 @@ def write_folder(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = local_path(path)
     refuse_existing(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
-    temporary.mkdir()
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+        try:
+            yield temporary
+            for file in temporary.rglob("*"):
+                _flush(file)
+            _rename_to_new(temporary, path)
+            _flush(path.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _rename_to_new(temporary: Path, path: Path) -> None:
+    refuse_existing(path)
     try:
-        yield temporary
-        for file in temporary.rglob("*"):
-            _flush(file)
-        refuse_existing(path)
         os.rename(temporary, path)
-        _flush(path.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        # Someone made it between the two lines above.
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            refuse_existing(path)
+        raise
 
 
 def refuse_existing(path: str | os.PathLike) -> None:
@@ -96,9 +254,11 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 def read_json(path: str | os.PathLike) -> dict[str, Any]:
     """The JSON object in a file; ValueError naming the file if it is cut or is not a JSON object."""
     path = local_path(path)
+    with explained(path, "read"):
+        content = path.read_bytes()
     try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:
+        value = json.loads(content, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{path.absolute()} is not complete JSON ({error}); it was cut or overwritten, make it again"
         ) from error
@@ -109,17 +269,23 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
     return value
 
 
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
 def read_manifest(folder: str | os.PathLike, kind: str) -> dict[str, Any]:
     """The manifest of an artefact folder of this `kind` ("vectors", "index" or "checkpoint").
 
-    FileNotFoundError if the folder or its manifest is missing; ValueError for another kind or a newer format.
+    FileNotFoundError if the folder or its manifest is missing; ValueError for another kind or a newer format, and one
+    that lists every field that is missing or is not what `FIELDS` says, so that callers may trust what they get.
     """
     folder = local_path(folder)
     made_by = f"{kind}: made by {MADE_BY[kind]}"
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder.absolute()} is not a folder; {made_by}")
-    if not (folder / MANIFEST).is_file():
-        raise FileNotFoundError(f"{folder.absolute()} has no {MANIFEST}; {made_by}")
+    with explained(folder, "read"):
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder.absolute()} is not a folder; {made_by}")
+        if not (folder / MANIFEST).is_file():
+            raise FileNotFoundError(f"{folder.absolute()} has no {MANIFEST}; {made_by}")
     manifest = read_json(folder / MANIFEST)
     version, found = manifest.get("format"), manifest.get("kind")
     if type(version) is not int or version < 1:
@@ -133,7 +299,44 @@ def read_manifest(folder: str | os.PathLike, kind: str) -> dict[str, Any]:
         )
     if found != kind:
         raise ValueError(f"{folder.absolute()} holds {found!r}, expected {kind!r}; {made_by}")
+    refuse_manifest(folder, kind, field_faults(manifest, FIELDS[kind]))
     return manifest
+
+
+def refuse_manifest(folder: str | os.PathLike, kind: str, faults: list[str]) -> None:
+    """ValueError that lists the faults of a manifest, if there are any."""
+    if faults:
+        listed = "; ".join(faults[:8]) + ("; and more" if len(faults) > 8 else "")
+        raise ValueError(
+            f"{Path(folder).absolute()}/{MANIFEST} is not a sound manifest of kind {kind!r}: {listed}; "
+            f"copy the folder again or make it again with {MADE_BY[kind]}"
+        )
+
+
+def field_faults(value: Any, expected: Any, name: str = "") -> list[str]:
+    """What in a JSON value differs from a description such as those of `FIELDS`."""
+    if isinstance(expected, dict) and isinstance(value, dict):
+        path = lambda field: f"{name}.{field}".strip(".")
+        absent = [path(field) for field in expected if field not in value]
+        faults = [f"lacks {', '.join(absent)}"] if absent else []
+        present = [field for field in expected if field in value]
+        return faults + [f for x in present for f in field_faults(value[x], expected[x], path(x))]
+    if isinstance(expected, list) and isinstance(value, list):
+        each = [field_faults(x, expected[0], f"{name}[{i}]") for i, x in enumerate(value)]
+        return [fault for faults in each for fault in faults]
+    words = {dict: "an object", list: "a list"}.get(type(expected), expected)
+    if isinstance(expected, str) and IS[expected](value):
+        return []
+    return [f"{name} is {shown(value)}, expected {words}"]
+
+
+def shown(value: Any) -> str:
+    """A JSON value as an error message quotes it: in one line, cut when it is long."""
+    try:
+        text = json.dumps(value)
+    except (TypeError, ValueError, RecursionError):
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def folder_sums(folder: str | os.PathLike) -> dict[str, str]:
@@ -160,8 +363,9 @@ def _fault(folder: Path, name: str, expected: str) -> str | None:
     path = folder / name
     if Path(name).is_absolute() or ".." in Path(name).parts:
         return "leads out of the folder"
-    if not path.is_file():
-        return "missing"
+    with explained(path, "read"):
+        if not path.is_file():
+            return "missing"
     return None if sha256(path) == expected else "changed or cut (its checksum differs)"
 
 

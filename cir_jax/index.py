@@ -19,7 +19,15 @@ import numpy as np
 
 from cir_jax import files, scann_index
 from cir_jax.scann_index import ScannSettings
-from cir_jax.vectors import Items, Vectors, check_queries, check_vectors, read_ids, write_ids
+from cir_jax.vectors import (
+    Items,
+    Vectors,
+    check_queries,
+    check_vectors,
+    load_array,
+    read_ids,
+    write_ids,
+)
 
 # Query batches are padded to one of these sizes, so that each is compiled once.
 BUCKETS = (8, 32, 128, 512)
@@ -191,22 +199,25 @@ def open_index(path: str | os.PathLike, mesh: Any = None) -> ExactIndex | ScannI
     """
     folder = files.local_path(path)
     manifest = files.read_manifest(folder, "index")
-    try:
-        kind, rows, width = _checked_kind(manifest["index"]), manifest["rows"], manifest["width"]
-        name, sums = manifest["vectors"], manifest["files"]
-        carried = {label: manifest[label] for label in ("gallery", "fingerprint", "checkpoint")}
-        settings = ScannSettings(**manifest["settings"]) if kind == "scann" else None
-        files.check_sums(folder, {name: sums[name], "ids.txt": sums["ids.txt"], **sums})
-    except (KeyError, TypeError) as error:
+    kind, rows, width = manifest["index"], manifest["rows"], manifest["width"]
+    name, sums = manifest["vectors"], manifest["files"]
+    faults = [f"files lacks {needed}" for needed in (name, "ids.txt") if needed not in sums]
+    settings = None
+    if kind == "scann":
+        settings, found = scann_index.read_settings(manifest.get("settings"), rows)
+        faults += found
+    files.refuse_manifest(folder, "index", faults)
+    files.check_sums(folder, sums)
+    vectors = load_array(folder / name, rows)
+    if (vectors.shape, vectors.dtype) != ((rows, width), np.float32):
         raise ValueError(
-            f"{folder.absolute()}/{files.MANIFEST} is not that of an index ({error!r}); make the index again"
-        ) from error
-    vectors = np.load(folder / name, mmap_mode="r" if rows else None, allow_pickle=False)
-    if vectors.shape != (rows, width):
-        raise ValueError(f"{folder / name} has shape {vectors.shape}, expected {(rows, width)}")
+            f"{folder / name} has shape {vectors.shape} of {vectors.dtype}, "
+            f"expected {(rows, width)} of float32; make the index again"
+        )
     ids = read_ids(folder / "ids.txt", rows)
+    carried = {label: manifest[label] for label in ("gallery", "fingerprint", "checkpoint")}
     if kind == "scann" and _scann_serves(rows):
-        built = scann_index.read(folder / "scann"), settings
+        built = scann_index.read(folder / "scann", settings), settings
         return ScannIndex(vectors, ids, **carried, built=built)
     return ExactIndex(vectors, ids, **carried, mesh=mesh)
 

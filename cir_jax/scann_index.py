@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from cir_jax import files
+
 SMALLEST_TREE = 200
 DIMENSIONS_PER_BLOCK = 4
 ANISOTROPIC_THRESHOLD = 0.2
@@ -57,6 +59,48 @@ class ScannSettings:
             f"recall@{self.k} {self.recall:.3f} (target {self.recall_target:g}) "
             f"on {self.queries:,} {self.held_out}"
         )
+
+
+COUNT, SHARE = "a whole number from 0 on", "a finite number"
+SETTINGS = {
+    "scorer": "text",
+    "leaves": COUNT,
+    "leaves_to_search": COUNT,
+    "reorder": COUNT,
+    "k": COUNT,
+    "recall_target": SHARE,
+    "recall": SHARE,
+    "queries": COUNT,
+    "held_out": "text",
+}
+
+
+def read_settings(value: Any, rows: int) -> tuple[ScannSettings | None, list[str]]:
+    """The settings of a manifest, and what is wrong with them for a searcher over `rows` vectors.
+
+    ScaNN itself checks little: a number that is too large may end the process.
+    """
+    faults = files.field_faults(value, SETTINGS, "settings")
+    if faults:
+        return None, faults
+    settings = ScannSettings(**{name: value[name] for name in SETTINGS})
+    tree = settings.scorer == "tree_ah"
+    ranges = {
+        "leaves": (1, rows) if tree else (0, 0),
+        "leaves_to_search": (1, settings.leaves) if tree else (0, 0),
+        "reorder": (1, rows) if tree else (0, 0),
+        "k": (1, rows),
+    }
+    faults = [
+        f"settings.{name} is {value[name]}, expected {low} to {high}"
+        for name, (low, high) in ranges.items()
+        if not low <= value[name] <= high
+    ]
+    if not tree and settings.scorer != "brute_force":
+        faults.append(
+            f"settings.scorer is {settings.scorer!r}, expected 'tree_ah' or 'brute_force'"
+        )
+    return settings, faults
 
 
 def import_scann() -> Any:
@@ -166,20 +210,43 @@ def raw_search(
 def write(searcher: Searcher, folder: Path) -> str:
     """Save a searcher into a new folder that may be moved; returns the name of its file of vectors."""
     folder.mkdir()
-    with quiet():
-        searcher.serialize(str(folder), relative_path=True)
+    try:
+        with quiet():
+            searcher.serialize(str(folder), relative_path=True)
+    except RuntimeError as error:
+        # ScaNN keeps the reason to itself.
+        raise OSError(
+            f"ScaNN could not write its files to {folder.absolute().parent.parent} ({error}); "
+            "make room on the disk and repeat"
+        ) from error
     return "dataset.npy"
 
 
-def read(folder: Path) -> Searcher:
-    """Load a searcher whose files were checked; ValueError if the folder holds a pickle."""
+def read(folder: Path, settings: ScannSettings) -> Searcher:
+    """Load a searcher whose files were checked.
+
+    ValueError if the folder holds a pickle, or if ScaNN cannot load it or finds another scorer than the settings say.
+    """
     if os.path.lexists(folder / PICKLE):
         raise ValueError(
             f"{folder.absolute()} holds {PICKLE}, which cir_jax never writes and ScaNN would unpickle; "
             "do not use this index"
         )
-    with quiet():
-        return import_scann().load_searcher(str(folder))
+    scann = import_scann()
+    try:
+        with quiet():
+            searcher = scann.load_searcher(str(folder))
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"{folder.absolute()} is no searcher that ScaNN can load ({error}); make the index again"
+        ) from error
+    found = "brute_force" if "brute_force {" in searcher.config() else "tree_ah"
+    if found != settings.scorer:
+        raise ValueError(
+            f"{folder.absolute()} is a searcher with {found}, the manifest says {settings.scorer!r}; "
+            "make the index again"
+        )
+    return searcher
 
 
 def cheapest(

@@ -5,6 +5,7 @@ ids-00000.txt       one id per line as a JSON string, so that an id may hold any
 manifest.json       row range and checksums of the shards, width, skipped items, gallery, checkpoint, "complete"
 """
 
+import contextlib
 import functools
 import json
 import operator
@@ -35,7 +36,7 @@ class Vectors:
         """
         self.folder = files.local_path(folder)
         self.manifest = files.read_manifest(folder, "vectors")
-        _require_fields(self.folder, self.manifest)
+        _check_shards(self.folder, self.manifest)
         if not self.manifest["complete"]:
             raise ValueError(
                 f"{self.folder.absolute()} is incomplete: it stops after {self.manifest['rows']} rows; "
@@ -71,10 +72,7 @@ class Vectors:
     def _shard(self, shard: Mapping[str, Any]) -> np.ndarray:
         path = self.folder / shard["vectors"]
         expected = (shard["stop"] - shard["start"], self.width), self.manifest["dtype"]
-        try:
-            rows = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path.absolute()} is damaged ({error}); copy it again") from error
+        rows = load_array(path, shard["stop"] - shard["start"])
         if (rows.shape, rows.dtype.name) != expected:
             raise ValueError(
                 f"{path.absolute()} holds {rows.dtype.name} {rows.shape}, expected {expected[1]} {expected[0]}"
@@ -88,7 +86,8 @@ class Vectors:
 class VectorWriter:
     """Write vectors shard by shard; after an interruption the same call continues behind the last whole shard.
 
-    `done` tells how many items of the gallery are dealt with: the place to continue from.
+    `done` tells how many items of the gallery are dealt with: the place to continue from. Until `finish` or `close`,
+    or the end of a `with` block, the folder belongs to this writer alone.
     """
 
     def __init__(
@@ -104,14 +103,26 @@ class VectorWriter:
         """Start `folder`, or re-open it when it was begun with the same arguments (ValueError otherwise).
 
         fingerprint: of the checkpoint; checkpoint: its name or folder; gallery: its locator, a JSON value; width: D, else that of the first shard.
-        FileExistsError if the folder holds something else.
+        FileExistsError if the folder holds something else; BlockingIOError if another writer has it.
         """
         if dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
         self.folder = files.local_path(folder)
         given = {"dtype": dtype, "width": width, "fingerprint": fingerprint, "gallery": gallery}
-        given = json.loads(json.dumps(given | {"checkpoint": checkpoint}))
-        self.manifest = self._reopen(given) if self._begun() else self._start(given)
+        self._given = json.loads(json.dumps(given | {"checkpoint": checkpoint}))
+        self._held, self._is_open = contextlib.ExitStack(), False
+        self._open()
+
+    def __enter__(self) -> "VectorWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let others write the folder; what was added is kept. Any later call takes it again, if it is free."""
+        self._held.close()
+        self._is_open = False
 
     @property
     def rows(self) -> int:
@@ -129,8 +140,10 @@ class VectorWriter:
         """Write one shard, vectors [n, D] with n ids, and note the items skipped on the way to it.
 
         skipped: {"id", "reason"} each. With n = 0 only they are noted. ValueError if shapes, width or values
-        (not finite, or too large for the dtype) are wrong; the folder is then as it was.
+        (not finite, or too large for the dtype) are wrong; the folder is then as it was, and after an OSError (a full
+        disk) too: the same call may be repeated.
         """
+        self._open()
         skipped = [{"id": str(item["id"]), "reason": str(item["reason"])} for item in skipped]
         ids = [str(name) for name in ids]
         vectors = self._checked(vectors, ids)
@@ -143,27 +156,42 @@ class VectorWriter:
 
     def finish(self) -> None:
         """Mark the folder complete. `add` after this reopens it."""
+        self._open()
         self._write_manifest(self.manifest | {"complete": True})
+        self.close()
 
-    def _begun(self) -> bool:
-        if (self.folder / files.MANIFEST).is_file():
-            return True
-        if os.path.lexists(self.folder) and (
-            not self.folder.is_dir() or any(_lasting(self.folder))
-        ):
+    def _open(self) -> None:
+        """Take the folder for this writer, unless it has it, and read or begin its manifest."""
+        if self._is_open:
+            return
+        with files.explained(self.folder):
+            self._refuse_others()
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self._held.enter_context(files.lock(self.folder))
+        try:
+            begun = (self.folder / files.MANIFEST).is_file()
+            self.manifest = self._reopen(self._given) if begun else self._start(self._given)
+        except BaseException:
+            self._held.close()
+            raise
+        self._is_open = True
+
+    def _refuse_others(self) -> None:
+        """FileExistsError if there is something else than vectors, begun or not, at the place of the folder."""
+        if (self.folder / files.MANIFEST).is_file() or not os.path.lexists(self.folder):
+            return
+        if not self.folder.is_dir() or any(_lasting(self.folder)):
             raise FileExistsError(
                 f"{self.folder.absolute()} exists and holds no vectors; choose another name or delete it"
             )
-        return False
 
     def _start(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        self.folder.mkdir(parents=True, exist_ok=True)
         head = {"format": files.FORMAT, "kind": "vectors", "complete": False, "rows": 0}
         return self._write_manifest(head | dict(given) | {"skipped": [], "shards": []})
 
     def _reopen(self, given: Mapping[str, Any]) -> dict[str, Any]:
         manifest = files.read_manifest(self.folder, "vectors")
-        _require_fields(self.folder, manifest)
+        _check_shards(self.folder, manifest)
         # Where the checkpoint lies may change; which one it is, its fingerprint tells.
         free = {"checkpoint"}
         if given["width"] is None or manifest["width"] is None:
@@ -291,6 +319,18 @@ def check_queries(queries: Any, width: int) -> np.ndarray:
     return queries
 
 
+def load_array(path: Path, rows: int) -> np.ndarray:
+    """The array of an `.npy` file, memory mapped if it is to have `rows`; ValueError naming the file if it is none."""
+    try:
+        with files.explained(path, "read"):
+            return np.load(path, mmap_mode="r" if rows else None, allow_pickle=False)
+    except PermissionError:
+        raise
+    # What NumPy raises for a damaged header, Python code that it parses, varies.
+    except (OSError, ValueError, EOFError, TypeError, SyntaxError) as error:
+        raise ValueError(f"{path.absolute()} is damaged ({error}); copy it again") from error
+
+
 def write_ids(path: str | os.PathLike, ids: Iterable[str]) -> None:
     """Write ids, one JSON string per line, atomically."""
     with files.write_atomically(path) as temporary, open(temporary, "w", encoding="ascii") as file:
@@ -299,10 +339,11 @@ def write_ids(path: str | os.PathLike, ids: Iterable[str]) -> None:
 
 def read_ids(path: str | os.PathLike, count: int) -> list[str]:
     """The `count` ids of a file written by `write_ids`; ValueError if it holds anything else."""
-    text = Path(path).read_bytes().decode("ascii", "replace")
+    with files.explained(path, "read"):
+        text = Path(path).read_bytes().decode("ascii", "replace")
     try:
         ids = json.loads("[" + ",".join(text.splitlines()) + "]")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}); copy it again") from error
     if len(ids) != count or not all(isinstance(name, str) for name in ids):
         raise ValueError(f"{path} holds {len(ids)} lines, expected {count} ids; copy it again")
@@ -318,24 +359,25 @@ def _sums(manifest: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _lasting(folder: Path) -> Iterable[Path]:
-    """What lies in a folder, without the temporary files that an interruption leaves."""
-    return (path for path in folder.iterdir() if not path.name.startswith(files.TEMPORARY))
+    """What lies in a folder, without the files that an interruption leaves."""
+    leftover = (files.TEMPORARY, files.LOCK)
+    return (path for path in folder.iterdir() if not path.name.startswith(leftover))
 
 
-def _require_fields(folder: Path, manifest: Mapping[str, Any]) -> None:
-    fields = (
-        "complete",
-        "rows",
-        "dtype",
-        "width",
-        "fingerprint",
-        "checkpoint",
-        "gallery",
-        "skipped",
-        "shards",
-    )
-    absent = [name for name in fields if name not in manifest]
-    if absent:
-        raise ValueError(
-            f"{folder.absolute()}/{files.MANIFEST} lacks {', '.join(absent)}; make the folder again"
-        )
+def _check_shards(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """ValueError if the shards do not follow each other, share a file, or are not the rows the manifest counts."""
+    shards, end, faults = manifest["shards"], 0, []
+    for number, shard in enumerate(shards):
+        start, stop = shard["start"], shard["stop"]
+        if start != end or stop <= start:
+            faults.append(
+                f"shards[{number}] is rows {start} to {stop}, expected one from row {end} on"
+            )
+        end = stop
+    if manifest["rows"] != end:
+        faults.append(f"rows is {manifest['rows']}, the shards hold {end}")
+    if shards and not manifest["width"]:
+        faults.append(f"width is {manifest['width']}, expected at least 1")
+    if len(_sums(manifest)) != 2 * len(shards):
+        faults.append("shards share a file, expected two files for each")
+    files.refuse_manifest(folder, "vectors", faults)

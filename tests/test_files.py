@@ -105,8 +105,11 @@ def test_json_must_be_an_object(tmp_path):
 
 
 def test_a_manifest_is_read_back(tmp_path):
-    files.write_json(tmp_path / "manifest.json", {"format": 1, "kind": "index", "more": 2})
-    assert files.read_manifest(tmp_path, "index")["more"] == 2
+    manifest = {"index": "exact", "rows": 0, "width": 4, "vectors": "v.npy", "files": {}}
+    manifest |= {"fingerprint": None, "checkpoint": None, "gallery": None}
+    manifest |= {"format": 1, "kind": "index", "more": 2}
+    files.write_json(tmp_path / "manifest.json", manifest)
+    assert files.read_manifest(tmp_path, "index") == manifest
 
 
 @pytest.mark.parametrize(

@@ -576,11 +576,12 @@ def test_every_cut_changed_or_missing_file_is_found(copy, kind):
     [
         ({"format": 2}, "made by a newer cir_jax"),
         ({"kind": "vectors"}, "holds 'vectors', expected 'index'"),
-        ({"index": "other"}, "index kind is 'other'"),
-        ({"files": {}}, "is not that of an index"),
-        ({"rows": 5}, "has shape"),
-        ({"settings": {"leaves": 3}}, "is not that of an index"),
-        ({"vectors": "../exact/vectors.npy"}, "is not that of an index"),
+        ({"index": "other"}, 'index is "other", expected exact or scann'),
+        ({"files": {}}, r"files lacks scann/dataset\.npy; files lacks ids\.txt"),
+        ({"rows": 5}, "settings.leaves is 187, expected 1 to 5"),
+        ({"rows": 2860}, "has shape .2859, 64. of float32, expected .2860, 64."),
+        ({"settings": {"leaves": 3}}, "lacks settings.scorer, settings.leaves_to_search"),
+        ({"vectors": "../exact/vectors.npy"}, "expected a file inside the folder"),
     ],
 )
 def test_a_wrong_manifest_is_refused(copy, change, message):

@@ -86,6 +86,7 @@ def test_an_interrupted_folder_is_refused_and_can_be_continued(tmp_path):
     made.add(rows[:2], ["a", "b"], skipped=[{"id": "bad", "reason": "not a picture"}])
     with pytest.raises(ValueError, match=r"incomplete: it stops after 2 rows.*same embed command"):
         Vectors(tmp_path / "v")
+    made.close()
     again = writer(tmp_path / "v")
     assert (again.rows, again.done) == (2, 3)
     again.add(rows[2:], ["c", "d", "e"])
@@ -98,6 +99,7 @@ def test_an_interrupted_folder_is_refused_and_can_be_continued(tmp_path):
 def test_what_an_interruption_leaves_behind_is_replaced(tmp_path):
     made = writer(tmp_path / "v")
     made.add(some(2), ["a", "b"])
+    made.close()
     folder = tmp_path / "v"
     (folder / "vectors-00001.npy").write_bytes(b"a shard whose manifest was never written")
     (folder / ".tmp-1234-vectors-00001.npy").write_bytes(b"half")
