@@ -1,8 +1,12 @@
-"""The commands, and what they have in common: how they start and how they fail."""
+"""The commands, and what they have in common: how they start, how they fail and how they are stopped."""
 
+import contextlib
 import importlib
 import os
+import signal
 import sys
+import warnings
+from dataclasses import dataclass
 
 COMMANDS = {
     "eval": "evaluate retrieval on benchmarks: table, report with pictures, results.json, ranks",
@@ -12,29 +16,89 @@ COMMANDS = {
     "search": "search an index with a text, a picture or a document, in one stage or two",
 }
 DISTRIBUTED = ("train",)
+# Seen by a shell as after the default action of the signal: 128 and its number.
+INTERRUPTED, TERMINATED, BROKEN_PIPE = 130, 143, 141
+
+
+@dataclass(frozen=True, kw_only=True)
+class Common:
+    """Options of every command that computes."""
+
+    cache: str | None = None
+    """folder that keeps compiled programs for the next start (default ~/.cache/cir_jax); `none` keeps none"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limited(Common):
+    """Options of the commands that go through a collection."""
+
+    limit: int | None = None
+    """only the first so many, for a quick try"""
+
+    def __post_init__(self):
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"--limit is {self.limit}; it must be at least 1")
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM arrived; like Ctrl-C it unwinds the program, so that temporary files are removed."""
 
 
 def start(name: str) -> None:
-    """Run one command; a foreseeable failure is one line on stderr and a non-zero exit code.
+    """Run one command; a foreseeable failure is one error on stderr and a non-zero exit code.
 
-    `CIR_JAX_TRACEBACK=1` in the environment shows where an error came from.
+    `CIR_JAX_TRACEBACK=1` in the environment shows where an error came from. SIGINT and SIGTERM end the command in
+    order with the exit codes 130 and 143; a second one ends it at once.
     """
     if name not in DISTRIBUTED and int(os.environ.get("CIR_JAX_PROCESSES", 1)) > 1:
         sys.exit(
             f"error: {name} runs as one process; several compute together in {', '.join(DISTRIBUTED)}"
         )
-    module = importlib.import_module(f"cir_jax.{name}")
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # names of files may hold any bytes
+    warnings.filterwarnings("ignore", message="Image size .* could be decompression bomb")
     try:
-        module.main()
-    except KeyboardInterrupt:
-        print("interrupted; finished parts are kept", file=sys.stderr)
-        sys.exit(130)
+        with _stoppable():
+            importlib.import_module(f"cir_jax.{name}").main()
+            sys.stdout.flush()
+    except KeyboardInterrupt as stop:
+        terminated = isinstance(stop, Terminated)
+        word = "terminated" if terminated else "interrupted"
+        print(f"{word}; finished parts are kept", file=sys.stderr)
+        sys.exit(TERMINATED if terminated else INTERRUPTED)
     except BrokenPipeError:
         # The reader of our output (head, a pager) has left; a second failure at exit is avoided.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
+        sys.exit(BROKEN_PIPE)
+    except (ValueError, OSError, RuntimeError, ArithmeticError, MemoryError) as error:
         if os.environ.get("CIR_JAX_TRACEBACK"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {explained(error)}", file=sys.stderr)
         sys.exit(1)
+
+
+@contextlib.contextmanager
+def _stoppable():
+    """Unwind at the first SIGINT or SIGTERM; the next of either takes its default action."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+
+    def stop(number, frame):
+        for each in numbers:
+            signal.signal(each, signal.SIG_DFL)
+        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+
+    before = [signal.signal(number, stop) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before):
+            signal.signal(number, handler)
+
+
+def explained(error: BaseException) -> str:
+    """What an error says to a person; never empty."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    if isinstance(error, MemoryError) and not str(error):
+        return "the memory of this machine does not suffice; take fewer or smaller pictures at once"
+    return str(error) or type(error).__name__

@@ -12,16 +12,19 @@ from typing import Literal
 import numpy as np
 import tyro
 
-from cir_jax.progress import progress
+from cir_jax.commands import Limited, explained
+from cir_jax.compilation import keep_compiled
+from cir_jax.progress import printable, progress
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(Limited):
     """Embed a gallery: one vector per picture.
 
     CHECKPOINT is a folder or the name of a packaged model (`emoji_text`). GALLERY is a folder of pictures, a list
-    file, tar shards, or the name of a data set. DEST is a new folder; an interrupted run continues when the same
-    command is given again. Pictures that cannot be read are skipped and listed in DEST/manifest.json.
+    file, tar shards, or the name of a data set. DEST is a new folder; an interrupted run, or one with a --limit,
+    continues when the same command is given again. Pictures that cannot be read are skipped and listed in
+    DEST/manifest.json.
     """
 
     checkpoint: tyro.conf.Positional[str]
@@ -46,11 +49,11 @@ def read_pictures(gallery, rows: Sequence[int], spec, pool) -> tuple[list[dict],
     from cir_jax.data.images import crop, open_image
 
     def read(row):
-        item = gallery[row]
+        name = gallery.ids[row]
         try:
-            return {"id": item["id"], "image": crop(open_image(item["image"]), spec)}
+            return {"id": name, "image": crop(open_image(gallery[row]["image"]), spec)}
         except (ValueError, OSError) as error:
-            return {"id": item["id"], "reason": str(error)}
+            return {"id": name, "reason": explained(error)}
 
     read_rows = list(pool.map(read, rows))
     return [x for x in read_rows if "image" in x], [x for x in read_rows if "reason" in x]
@@ -65,8 +68,13 @@ def embed(
     shard_size: int = 8192,
     dtype: Literal["float32", "float16"] = "float32",
     strict: bool = False,
+    limit: int | None = None,
 ) -> Path:
     """Write the vectors of every picture of a gallery to the folder `dest`, continuing where an earlier run stopped.
+
+    Args:
+      checkpoint, source, dest, batch_size, shard_size, dtype, strict: as of the command (`Arguments`).
+      limit: only the first so many pictures; a later run without it goes on behind them.
 
     Raises:
       ValueError: a gallery without readable pictures; with `strict`, the first picture that cannot be read; a `dest`
@@ -76,37 +84,48 @@ def embed(
     from cir_jax.model import lasting_name, load
     from cir_jax.vectors import VectorWriter
 
+    if batch_size < 1 or shard_size < 1:
+        raise ValueError(
+            f"batch size is {batch_size} and shard size {shard_size}; both must be at least 1"
+        )
     gallery = open_gallery(source)
     if not len(gallery):
         raise ValueError(f"{source} holds no pictures; there is nothing to embed")
+    count = min(len(gallery), limit or len(gallery))
     model = load(checkpoint)
-    writer = VectorWriter(
+    # In a block of its own: however it ends, others may write the folder afterwards.
+    with VectorWriter(
         dest,
         fingerprint=model.fingerprint,
         checkpoint=lasting_name(checkpoint),
         gallery=gallery.locator,
         dtype=dtype,
-    )
-    check_progress(writer, gallery)
-    with ThreadPoolExecutor() as pool, progress("embedding", len(gallery), writer.done) as advance:
-        for start in range(writer.done, len(gallery), shard_size):
-            vectors, ids, skipped = [], [], []
-            stop = min(start + shard_size, len(gallery))
-            for first in range(start, stop, batch_size):
-                rows = range(first, min(first + batch_size, stop))
-                examples, broken = read_pictures(gallery, rows, model.config.inputs.image, pool)
-                if strict and broken:
-                    raise ValueError(f"{broken[0]['reason']}; without --strict it would be skipped")
-                if examples:
-                    vectors.append(model.encode("item", examples, batch_size))
-                ids += [example["id"] for example in examples]
-                skipped += broken
-                advance(len(rows))
-            writer.add(np.concatenate(vectors) if vectors else np.zeros((0, 0)), ids, skipped)
-    if not writer.rows:
-        raise ValueError(f"none of the {len(gallery)} pictures of {source} could be read")
-    writer.finish()
-    report_skipped(writer, Path(dest))
+    ) as writer:
+        check_progress(writer, gallery)
+        with ThreadPoolExecutor() as pool, progress("embedding", count, writer.done) as advance:
+            for start in range(writer.done, count, shard_size):
+                vectors, ids, skipped = [], [], []
+                stop = min(start + shard_size, count)
+                for first in range(start, stop, batch_size):
+                    rows = range(first, min(first + batch_size, stop))
+                    examples, broken = read_pictures(gallery, rows, model.config.inputs.image, pool)
+                    if strict and broken:
+                        raise ValueError(
+                            f"{broken[0]['reason']}; without --strict it would be skipped"
+                        )
+                    if examples:
+                        vectors.append(model.encode("item", examples, batch_size))
+                    ids += [example["id"] for example in examples]
+                    skipped += broken
+                    advance(len(rows))
+                writer.add(np.concatenate(vectors) if vectors else np.zeros((0, 0)), ids, skipped)
+        if not writer.rows:
+            raise ValueError(
+                f"none of the {writer.done} pictures of {source} could be read, the first because: "
+                f"{writer.manifest['skipped'][0]['reason']}"
+            )
+        writer.finish()
+        report_skipped(writer, Path(dest))
     return Path(dest)
 
 
@@ -128,7 +147,7 @@ def report_skipped(writer, dest: Path) -> None:
     skipped = writer.manifest["skipped"]
     print(f"{writer.rows} vectors of width {writer.manifest['width']} in {dest}")
     for item in skipped[:5]:
-        print(f"skipped {item['id']}: {item['reason']}", file=sys.stderr)
+        print(f"skipped {printable(item['reason'])}", file=sys.stderr)
     if skipped:
         print(
             f"{len(skipped)} pictures skipped, all listed in {dest / 'manifest.json'}",
@@ -138,6 +157,7 @@ def report_skipped(writer, dest: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     arguments = tyro.cli(Arguments, args=argv, prog="python -m cir_jax.embed")
+    keep_compiled(arguments.cache)
     embed(
         arguments.checkpoint,
         arguments.gallery,
@@ -146,6 +166,7 @@ def main(argv: list[str] | None = None) -> None:
         shard_size=arguments.shard_size,
         dtype=arguments.dtype,
         strict=arguments.strict,
+        limit=arguments.limit,
     )
 
 

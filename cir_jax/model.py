@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding
 from cir_jax import sharding
 from cir_jax.checkpoint import read_model
 from cir_jax.data.inputs import prepare_batch, shorten
+from cir_jax.memory import halved_once
 from cir_jax.methods import METHODS, method_name, reranks
 
 PACKAGED = Path(__file__).resolve().parent / "weights"
@@ -114,9 +115,13 @@ class Model:
             raise ValueError(f"part is {part!r}; expected 'query' or 'item'")
         mesh = sharding.make_mesh(devices=jax.local_devices())
         params = jax.device_put(self.params, sharding.replicated(mesh))
-        batches = []
+        batches, size = [], batch_size
         for rows, batch in _batches(part, examples, batch_size, self):
-            batches.append(self._encode_batch(params, part, batch, mesh))
+            compute = lambda size, batch=batch: [
+                self._encode_batch(params, part, piece, mesh) for piece in _pieces(batch, size)
+            ]
+            found, size = halved_once(compute, size, batch_size, "batch size")
+            batches += found
             if progress:
                 progress(len(rows))
         if not batches:
@@ -154,13 +159,18 @@ class Model:
         held = (self.params, _few_sizes(queries), _few_sizes(items))
         params, queries, items = jax.device_put(held, sharding.replicated(mesh))
         places = NamedSharding(mesh, sharding.P(sharding.AXES))
-        size = min(_padded(pairs, mesh.size), _padded(len(item_rows), mesh.size))
+        most = size = min(_padded(pairs, mesh.size), _padded(len(item_rows), mesh.size))
         scores = np.zeros(len(item_rows), np.float32)
-        for first in range(0, len(scores), size):
-            chosen = np.arange(first, first + size).clip(max=len(scores) - 1)
-            these = jax.device_put((query_rows[chosen], item_rows[chosen]), places)
-            found = _score(self.graph, params, queries, items, *these)
-            scores[first : first + size] = np.asarray(found)[: len(scores) - first]
+
+        def compute(size, first):
+            for start in range(first, min(first + most, len(scores)), size):
+                chosen = np.arange(start, start + size).clip(max=len(scores) - 1)
+                these = jax.device_put((query_rows[chosen], item_rows[chosen]), places)
+                found = _score(self.graph, params, queries, items, *these)
+                scores[start : start + size] = np.asarray(found)[: len(scores) - start]
+
+        for first in range(0, len(scores), most):
+            _, size = halved_once(functools.partial(compute, first=first), size, most, "pairs")
         out[present] = scores
         return out
 
@@ -171,6 +181,12 @@ class Model:
         pad = lambda x: np.concatenate([x, np.repeat(x[-1:], size - n, axis=0)])
         batch = jax.device_put(jax.tree.map(pad, shorten(batch)), places)
         return jax.tree.map(lambda x: np.asarray(x)[:n], _encode(self.graph, params, part, batch))
+
+
+def _pieces(batch: dict[str, np.ndarray], size: int) -> list[dict[str, np.ndarray]]:
+    """A batch in parts of at most `size` rows."""
+    rows = len(next(iter(batch.values())))
+    return [{k: x[i : i + size] for k, x in batch.items()} for i in range(0, rows, size)]
 
 
 def _padded(rows: int, devices: int) -> int:

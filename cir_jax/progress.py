@@ -1,4 +1,7 @@
-"""Progress with an estimate: a bar on a terminal, plain lines with numbers elsewhere. Always on stderr."""
+"""What people see while a command works: progress with an estimate, and names made fit to print.
+
+Progress is a bar on a terminal, plain lines with numbers elsewhere, and always on stderr.
+"""
 
 import contextlib
 import sys
@@ -6,6 +9,14 @@ import time
 from collections.abc import Callable, Iterator
 
 SECONDS_BETWEEN_LINES = 10.0
+
+JOINERS = "\u200c\u200d"  # not printable by Python's rule, but part of many emoji and scripts
+
+
+def printable(text: str) -> str:
+    """`text` on one line, with what a terminal would obey or cannot show (controls, stray bytes) as escapes."""
+    show = lambda c: c if c.isprintable() or c in JOINERS else c.encode("unicode_escape").decode()
+    return "".join(map(show, text))
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cir_jax import files
+from cir_jax.progress import printable
 
 if TYPE_CHECKING:  # it brings JAX with it
     from cir_jax.retrieval import Result
@@ -52,9 +53,9 @@ def page(title: str, about: str, body: Iterable[str], style: str = "") -> str:
 
 
 def write_page(path: str | os.PathLike, text: str) -> None:
-    """Write a page whole or not at all."""
+    """Write a page whole or not at all; what is no text (stray bytes in names) becomes escapes."""
     with files.write_atomically(path) as part:
-        Path(part).write_text(text, encoding="utf-8")
+        Path(part).write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def figure(
@@ -65,9 +66,9 @@ def figure(
 
     rank_html = f"<b>{rank}</b> " if rank is not None else ""
     score_html = f"<span>{score:.3f}</span>" if score is not None else ""
-    name = html.escape(caption)
+    name = html.escape(printable(caption), quote=True)
     return (
-        f"<figure{' class=right' if right else ''}><img src='{data_uri(image)}' alt='{html.escape(caption, quote=True)}'>"
+        f"<figure{' class=right' if right else ''}><img src='{data_uri(image)}' alt='{name}'>"
         f"<figcaption>{score_html}{rank_html}{name}</figcaption></figure>"
     )
 

@@ -5,6 +5,7 @@ query with the candidates (CFIR's second stage).
 """
 
 import os
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -231,6 +232,7 @@ def search(
     raw = {**_checked_query(text, image, document), "id": document_id}
     if k < 1 or candidates < 1:
         raise ValueError(f"k is {k} and candidates {candidates}; both must be at least 1")
+    k, candidates = (min(count, max(1, len(index))) for count in (k, candidates))
     vectors = model.encode("query", [as_query(raw, 1, documents)])
     unwanted = () if exclude is None else [_row_of(exclude, index)]
     hits = retrieve(index, vectors, k if reranker is None else max(k, candidates), unwanted)
@@ -249,6 +251,16 @@ def search(
     ]
 
 
+def _visible(character: str) -> bool:
+    """False for spaces, controls and what has no width."""
+    return not character.isspace() and unicodedata.category(character) not in ("Cc", "Cf")
+
+
+def _unicode(text: str) -> bool:
+    """False for a text with half of a surrogate pair, as from arguments that are no UTF-8."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def _row_of(name: str, index: Index) -> int:
     """The row of an id."""
     found = [row for row, each in enumerate(index.ids) if each == name]
@@ -262,8 +274,10 @@ def _row_of(name: str, index: Index) -> int:
 def _checked_query(text, image, document) -> dict:
     """The raw query of `search`, or the error that says what is missing."""
     for name, value in (("text", text), ("document", document)):
-        if value is not None and not value.strip():
+        if value is not None and not any(map(_visible, value)):
             raise ValueError(f"the query {name} is empty; give some words, a picture, or both")
+        if value is not None and not _unicode(value):
+            raise ValueError(f"the query {name} is no valid Unicode; give it as UTF-8")
     if document is not None and (text is not None or image is not None):
         raise ValueError("a document asks alone; leave out the text and the picture")
     if text is None and image is None and document is None:

@@ -6,9 +6,13 @@ from pathlib import Path
 
 import tyro
 
+from cir_jax.commands import Common
+from cir_jax.compilation import keep_compiled
+from cir_jax.progress import printable
+
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(Common):
     """Search an index with a text, a picture, both, or a document; prints a table, and writes a page with the pictures.
 
     INDEX is a folder made by `python -m cir_jax.index`. The model that made its vectors encodes the query; a second
@@ -50,6 +54,18 @@ def read_document(path: Path) -> str:
         ) from None
 
 
+def report_cut(text: str, spec) -> None:
+    """Say so if a model does not read all of a text."""
+    from cir_jax.data.text import tokenizer
+
+    words = tokenizer(spec)
+    found, room = len(words.content([text])[0]), words.length - 2
+    if found > room:
+        print(
+            f"the text has {found:,} pieces; the model reads the first {room}", file=sys.stderr
+        )
+
+
 def print_results(results) -> None:
     """A table of rank, score, id and the stage that gave the score on stdout."""
     from rich.console import Console
@@ -57,7 +73,7 @@ def print_results(results) -> None:
 
     table = Table("rank", "score", "id", "stage", box=None)
     for rank, result in enumerate(results, 1):
-        table.add_row(str(rank), f"{result.score:.4f}", result.id, str(result.stage))
+        table.add_row(str(rank), f"{result.score:.4f}", printable(result.id), str(result.stage))
     Console(width=None if sys.stdout.isatty() else 160, markup=False).print(table)
 
 
@@ -67,6 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.text is None and arguments.image is None and arguments.document is None:
         raise ValueError("a query needs --text, --image, both, or --document; none was given")
     document = read_document(arguments.document) if arguments.document else None
+    keep_compiled(arguments.cache)
 
     from cir_jax.data.documents import DocumentSpec
     from cir_jax.index import open_index
@@ -79,8 +96,11 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(
             f"{arguments.index} does not say which model made it; name it with --checkpoint"
         )
+    model = load(checkpoint)
+    if arguments.text is not None:
+        report_cut(arguments.text, model.config.inputs.text)
     results = search(
-        load(checkpoint),
+        model,
         index,
         text=arguments.text,
         image=arguments.image,

@@ -1,7 +1,17 @@
 """Four simulated devices, exact products, warnings as errors, and an account of every skipped test."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
+
+if "CIR_JAX_TEST_CACHE" not in os.environ:
+    # Compiled programs are shared by the processes of this test run, and by no other.
+    os.environ["CIR_JAX_TEST_CACHE"] = tempfile.mkdtemp(prefix="cir_jax-tests-")
+    atexit.register(shutil.rmtree, os.environ["CIR_JAX_TEST_CACHE"], ignore_errors=True)
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["CIR_JAX_TEST_CACHE"]
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 import jax
 import pytest

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 from test_methods import INPUTS, drawn
 
@@ -26,8 +27,8 @@ DOCUMENT = (
 
 
 def run(*arguments, fails=False, **options) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, **options)
+    done = processes.run(*arguments, **options)
+    done.stdout, done.stderr = done.stdout.decode(), done.stderr.decode()
     assert "Traceback" not in done.stderr, done.stderr
     assert (done.returncode != 0) == fails, done.stdout + done.stderr
     return done
@@ -271,7 +272,8 @@ def test_help_answers_without_jax(name):
 
 
 def test_the_package_lists_its_commands():
-    listed = run("cir_jax").stdout
+    command = [sys.executable, "-m", "cir_jax"]
+    listed = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
     assert all(f"python -m cir_jax.{name} " in listed for name in COMMANDS)
     assert all((Path(cir_jax.__file__).parent / f"{name}.py").is_file() for name in COMMANDS)
 

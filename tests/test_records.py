@@ -50,7 +50,7 @@ def test_a_folder_is_read_with_its_subfolders_in_order(tmp_path):
 
 def test_every_picture_suffix_is_known(tmp_path):
     put(tmp_path, *(f"x{suffix}" for suffix in PICTURES))
-    assert len(open_gallery(tmp_path)) == len(PICTURES) == 8
+    assert len(open_gallery(tmp_path)) == len(PICTURES) == 12
 
 
 def test_a_relative_folder_becomes_an_absolute_locator(tmp_path, monkeypatch):
@@ -130,8 +130,6 @@ def test_paths_out_of_the_list_are_refused(path, tmp_path):
         ("x.csv", "image\n", "names no pictures"),
         ("x.txt", "\n\n", "names no pictures"),
         ("x.txt", "a.png\nb.png\n./a.png\n", r"'a.png' occurs 2 times"),
-        ("x.jsonl", '{"image": "a.png", "id": "b\\nc"}', "not printable in one line"),
-        ("x.jsonl", '{"image": "a.png", "id": "\\ud800"}', "not printable in one line"),
     ],
 )
 def test_malformed_lists_are_refused(name, content, message, tmp_path):

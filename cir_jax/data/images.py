@@ -3,9 +3,10 @@
 import base64
 import io
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, BinaryIO, Literal, TypeAlias
 
 import numpy as np
 
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+# What iPhones and others write into the first bytes of HEIC files.
+HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 
 Source: TypeAlias = "str | os.PathLike | bytes | np.ndarray | Image.Image"
 
@@ -56,14 +60,14 @@ class ImageSpec:
 def open_image(source: Source) -> "Image.Image":
     """The decoded picture in the mode of its file.
 
-    The orientation that a camera notes in EXIF is not applied, as in all the published pipelines. Sixteen-bit grey
-    is cut off at 255 by a later conversion to RGB, as Pillow does it.
+    The orientation that a camera notes in EXIF is not applied, as in all the published pipelines. Of an animation this
+    is the first picture.
 
     Args:
       source: path, the bytes of a file, a picture of Pillow's, or a uint8 array `[H, W, 3]`.
 
     Raises:
-      FileNotFoundError: no file at that path.
+      OSError: no file at that path, or one that may not be read.
       ValueError: not a picture, a damaged one, or one above Pillow's limit against decompression bombs; an array
         of another type or shape.
     """
@@ -78,9 +82,13 @@ def open_image(source: Source) -> "Image.Image":
             )
         return Image.fromarray(source)
     if isinstance(source, bytes):
-        return _decode(source, f"picture of {len(source)} bytes")
+        return _decode(io.BytesIO(source), f"picture of {len(source)} bytes")
     if isinstance(source, str | os.PathLike):
-        return _decode(Path(source).read_bytes(), str(Path(source).absolute()))
+        path = Path(source).absolute()
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for ever
+            raise ValueError(f"{path}: is no file, so no picture either; remove it")
+        with path.open("rb") as file:
+            return _decode(file, str(path))
     raise ValueError(
         f"cannot read a picture from {type(source).__name__}; expected a path, bytes, an array or a PIL picture"
     )
@@ -108,8 +116,10 @@ def prepare(image: Source, spec: ImageSpec) -> np.ndarray:
 
 
 def data_uri(image: Source, longest: int = 256) -> str:
-    """A small copy on white as a `data:` address for an HTML page; PNG up to 128 pixels, JPEG above."""
-    picture = _rgb(open_image(image), (255, 255, 255)).copy()
+    """A small upright copy on white as a `data:` address for an HTML page; PNG up to 128 pixels, JPEG above."""
+    from PIL import ImageOps
+
+    picture = _rgb(ImageOps.exif_transpose(open_image(image)), (255, 255, 255)).copy()
     picture.thumbnail((longest, longest))
     kind = "png" if max(picture.size) <= 128 else "jpeg"
     data = io.BytesIO()
@@ -122,20 +132,32 @@ def _one_of(name, value, choices):
         raise ValueError(f"image {name} is {value!r}; expected one of {', '.join(choices)}")
 
 
-def _decode(data: bytes, name: str) -> "Image.Image":
+def _decode(file: BinaryIO, name: str) -> "Image.Image":
     from PIL import Image
 
     try:
-        picture = Image.open(io.BytesIO(data))
+        picture = Image.open(file)
         picture.load()
     except MemoryError:
         raise
     except Exception as error:  # Pillow's decoders raise a dozen kinds, some of them undocumented
-        reason = "unknown format" if isinstance(error, Image.UnidentifiedImageError) else error
-        raise ValueError(
-            f"{name}: cannot be read as a picture ({reason}); replace or remove it"
-        ) from error
+        unknown = isinstance(error, Image.UnidentifiedImageError)
+        reason, remedy = _unknown(file) if unknown else (error, "replace or remove it")
+        raise ValueError(f"{name}: cannot be read as a picture ({reason}); {remedy}") from error
     return picture
+
+
+def _unknown(file: BinaryIO) -> tuple[str, str]:
+    """What a file is that Pillow does not recognise, and what to do about it."""
+    file.seek(0)
+    head = file.read(512)
+    if not head:
+        return "the file is empty", "replace or remove it"
+    if head[4:8] == b"ftyp" and head[8:12] in HEIF_BRANDS:
+        return "HEIC, which Pillow cannot decode", "convert it to JPEG or PNG"
+    if b"<svg" in head.lower():
+        return "SVG, a drawing and no pixels", "convert it to PNG"
+    return "unknown format", "replace or remove it"
 
 
 def _rgb(picture: "Image.Image", background: tuple[int, int, int] | None) -> "Image.Image":
@@ -144,6 +166,9 @@ def _rgb(picture: "Image.Image", background: tuple[int, int, int] | None) -> "Im
     if background is not None and picture.has_transparency_data:
         under = Image.new("RGBA", picture.size, (*background, 255))
         return Image.alpha_composite(under, picture.convert("RGBA")).convert("RGB")
+    if picture.mode.startswith("I;16"):
+        # Pillow cuts off at 255, which turns nearly every such picture white; the high byte is the picture.
+        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB")
     if picture.mode == "P" and isinstance(picture.info.get("transparency"), bytes):
         picture = picture.copy()
         del picture.info["transparency"]  # same pixels, without Pillow's warning

@@ -1,0 +1,91 @@
+"""Commands in processes of their own, as a user starts them, without paying for imports every time.
+
+A server process imports the libraries once, touches no device, and forks for each command: what runs is a new process
+with its own arguments, folder, streams, signals and exit code.
+"""
+
+import atexit
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+SERVER = """
+import json, os, sys, warnings
+warnings.simplefilter("ignore")
+import jax, flax.nnx, orbax.checkpoint, optax, grain, PIL.Image, tokenizers, tyro, rich.table, rich.console
+import cir_jax.commands, cir_jax.retrieval, cir_jax.report, cir_jax.eval_report, cir_jax.train
+import cir_jax.embed, cir_jax.eval, cir_jax.index, cir_jax.search
+for line in sys.stdin:
+    asked = json.loads(line)
+    pid = os.fork()
+    if not pid:
+        os.setsid()
+        os.environ.clear(); os.environ.update(asked["env"])
+        os.chdir(asked["cwd"])
+        for number, name in ((0, os.devnull), (1, asked["out"]), (2, asked["err"])):
+            os.dup2(os.open(name, os.O_RDWR | os.O_CREAT, 0o600), number)
+        sys.argv = [asked["name"], *map(os.fsdecode, map(bytes.fromhex, asked["arguments"]))]
+        for number, limit in asked["limits"]:
+            import resource
+            resource.setrlimit(number, (limit, limit))
+        code = 1
+        try:
+            cir_jax.commands.start(asked["name"])
+            code = 0
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+            if isinstance(stop.code, str):
+                print(stop.code, file=sys.stderr)
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush(); sys.stderr.flush()
+            os._exit(code)
+    print(pid, flush=True)
+    if asked["wait"]:
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+@functools.cache
+def _server() -> subprocess.Popen:
+    program = [sys.executable, "-c", SERVER]
+    server = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    atexit.register(server.kill)
+    return server
+
+
+def run(
+    name: str, *arguments, cwd=None, env=None, limits=(), timeout: float = 280
+) -> subprocess.CompletedProcess:
+    """Run `python -m NAME ARGUMENTS` to its end; `limits` are (resource, value) for `setrlimit`."""
+    encoded = [os.fsencode(a if isinstance(a, (str, bytes, os.PathLike)) else str(a)) for a in arguments]
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder) / "out", Path(folder) / "err"
+        asked = {
+            "name": name.removeprefix("cir_jax."),
+            "arguments": [each.hex() for each in encoded],
+            "cwd": os.fspath(cwd or os.getcwd()),
+            "env": {**os.environ, **(env or {})},
+            "out": str(out),
+            "err": str(err),
+            "limits": list(limits),
+            "wait": True,
+        }
+        server = _server()
+        server.stdin.write(json.dumps(asked) + "\n")
+        server.stdin.flush()
+        pid = int(server.stdout.readline())
+        signal.signal(signal.SIGALRM, lambda *_: os.kill(pid, signal.SIGKILL))
+        signal.alarm(int(timeout))
+        try:
+            code = int(server.stdout.readline())
+        finally:
+            signal.alarm(0)
+        return subprocess.CompletedProcess([name, *arguments], code, out.read_bytes(), err.read_bytes())
