@@ -4,14 +4,20 @@ Nothing here imports JAX, so that command lines answer quickly. Every field can 
 (`--optim.lr 1e-4`) and the whole is stored as JSON beside what it made.
 """
 
+import difflib
 import json
 import os
+import re
 import runpy
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+import traceback
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from types import UnionType
+from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin
 
+from cir_jax import files
 from cir_jax.data.documents import BUILTIN, DocumentSpec
 
 MethodConfig = TypeVar("MethodConfig")
@@ -105,7 +111,7 @@ def fine_tune(model: str, **changes) -> Experiment:
       frozen, weight_decay: the recipe's. Frozen word vectors stay so, or words that the new data lacks would be left
         behind by those it has.
       augment: the recipe's, without one none: the changes are made for drawings on white, not for photographs.
-      log_every, save_every, eval_every: fifty lines, ten measurements. best: "mrr", the steadiest on few queries.
+      log_every, save_every, eval_every: twenty lines, ten measurements. best: "mrr", the steadiest on few queries.
       export_dtype: that of the model.
 
     Args:
@@ -134,7 +140,7 @@ def fine_tune(model: str, **changes) -> Experiment:
         "train": Train(
             steps=steps,
             batch_size=changes.get("batch_size", 1),
-            log_every=max(1, steps // 50),
+            log_every=max(1, steps // 20),
             save_every=max(1, steps // 10),
             eval_every=max(1, steps // 10),
             augment=recipe.get("train", {}).get("augment", False),
@@ -237,13 +243,64 @@ def find_config(name: str) -> Path:
 
 
 def load_config(name: str, kind: type):
-    """The `config` of a config file, checked to be of the expected kind (`Experiment` or `Evaluation`)."""
+    """The `config` of a config file, checked to be of the expected kind (`Experiment` or `Evaluation`) and sound.
+
+    ValueError, with the line where there is one, whatever is wrong with the file.
+    """
     path = find_config(name)
-    config = runpy.run_path(str(path)).get("config")
+    with files.explained(path, "read"):
+        path.read_bytes()
+    try:
+        config = runpy.run_path(str(path)).get("config")
+    except (Exception, SystemExit) as error:
+        raise ValueError(_place_and_reason(path, error)) from error
     if not isinstance(config, kind):
         found = "nothing of that name" if config is None else f"a {type(config).__name__}"
         raise ValueError(f"{path} must define `config = {kind.__name__}(…)`; it defines {found}")
+    if faults := _value_faults(config):
+        listed = "\n  ".join(faults)
+        raise ValueError(f"{path} defines no sound {kind.__name__}:\n  {listed}")
     return config
+
+
+def _value_faults(config) -> list[str]:
+    """Fields whose values are not of the declared types: dataclasses do not look."""
+    kind = type(config)
+    if isinstance(config, Experiment):
+        from cir_jax.methods import METHODS
+
+        known = [method for method, _ in METHODS.values()]
+        if type(config.method) not in known:
+            found = f"config.method is a {type(config.method).__name__}"
+            return [f"{found}, expected one of {', '.join(each.__name__ for each in known)}"]
+        kind = Experiment[type(config.method)]
+    return list(_faults(kind, config, "config"))
+
+
+def _place_and_reason(path: Path, error: BaseException) -> str:
+    """What a config file raised, with the line of the file, and for an unknown field the nearest known one."""
+    frames = traceback.walk_tb(error.__traceback__)
+    own = [(frame, line) for frame, line in frames if frame.f_code.co_filename == str(path)]
+    line = own[-1][1] if own else getattr(error, "lineno", None)
+    place = f"{path}, line {line}" if line else str(path)
+    if isinstance(error, SystemExit):
+        return f"{place}: the file ends the program; it must only define `config`"
+    told = getattr(error, "msg", None) or error
+    reason = str(told) if isinstance(error, ValueError) else f"{type(error).__name__}: {told}"
+    unknown = re.match(
+        r"(?:.*\.)?(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error)
+    )
+    kind = own[-1][0].f_globals.get(unknown[1]) if unknown and own else None
+    if is_dataclass(kind):
+        reason = _unknown_field(unknown[2], [f.name for f in fields(kind)])
+        return f"{place}: {unknown[1]} has {reason}"
+    return f"{place}: {reason}"
+
+
+def _unknown_field(name: str, known: Sequence[str], path: str = "") -> str:
+    near = difflib.get_close_matches(name, known, 1, 0.4)
+    hint = f'did you mean "{path}{near[0]}"?' if near else f"there are {', '.join(known)}"
+    return f'no field "{path}{name}"; {hint}'
 
 
 def to_json(config) -> Any:
@@ -260,12 +317,89 @@ def portable(config) -> Any:
 
 
 def from_json(kind: type, value: Any):
-    """The config of dataclass `kind` that `to_json` wrote; unknown, missing or mistyped fields are one error."""
+    """The config of dataclass `kind` that `to_json` wrote.
+
+    ValueError that lists every unknown, missing or mistyped field by its dotted name; nothing is converted to fit.
+    """
     import cattrs
     from cattrs import transform_error
 
-    try:
-        return cattrs.Converter(forbid_extra_keys=True).structure(value, kind)
-    except Exception as error:
-        faults = "\n  ".join(transform_error(error, path=kind.__name__))
-        raise ValueError(f"this is not a {kind.__name__} of this version:\n  {faults}") from None
+    faults = list(_faults(kind, value, ""))
+    if not faults:
+        try:
+            return cattrs.Converter().structure(value, kind)
+        except Exception as error:  # a config that refuses its values
+            faults = transform_error(error, "", lambda each, _: str(each))
+    listed = "\n  ".join(faults)
+    raise ValueError(f"this is not a {kind.__name__} of this version:\n  {listed}")
+
+
+# What a value of a plain type may be: the words of the error, and whether a value is it.
+PLAIN = {
+    int: ("a whole number", lambda x: type(x) is int),
+    float: ("a finite number", lambda x: type(x) in (int, float) and abs(x) < 1e300),
+    str: ("text", lambda x: type(x) is str),
+    bool: ("true or false", lambda x: type(x) is bool),
+    type(None): ("null", lambda x: x is None),
+}
+
+
+def _faults(kind: Any, value: Any, name: str) -> Iterator[str]:
+    """Where a value, a config or what `to_json` made of one, is not of the declared type."""
+    outer, inner = get_origin(kind) or kind, get_args(kind)
+    if is_dataclass(outer) and isinstance(value, Mapping | outer):
+        yield from _field_faults(kind, value, f"{name}.".lstrip("."))
+    elif outer is tuple and _is_list(inner, value):
+        each = inner[:1] * len(value) if inner[-1] is ... else inner
+        for i, (part, x) in enumerate(zip(each, value)):
+            yield from _faults(part, x, f"{name}[{i}]")
+    elif outer is Mapping and isinstance(value, Mapping):
+        for key, x in value.items():
+            yield from _faults(inner[1], x, f"{name}[{files.shown(key)}]")
+    elif not _is_plain(kind, value):
+        yield f"{name or 'it'} is {files.shown(value)}, expected {_words(kind)}"
+
+
+def _is_list(inner, value) -> bool:
+    """True if a value may be a tuple of these types: a list of any or of the right length."""
+    is_list = isinstance(value, list | tuple)
+    return is_list and (inner[-1] is ... or len(inner) == len(value))
+
+
+def _is_plain(kind, value) -> bool:
+    """True if a value is of a type that is not made of named parts, or of one of several types."""
+    outer, inner = get_origin(kind) or kind, get_args(kind)
+    if outer in (Union, UnionType):
+        return any(not list(_faults(one, value, "")) for one in inner)
+    if outer is Literal:
+        return any(type(value) is type(x) and value == x for x in inner)
+    return kind in PLAIN and PLAIN[kind][1](value)
+
+
+def _field_faults(kind, value: Any, path: str) -> Iterator[str]:
+    """The faults of an object with the fields of a dataclass, or of the dataclass itself."""
+    outer = get_origin(kind) or kind
+    value = vars(value) if isinstance(value, outer) else value
+    types = typing.get_type_hints(outer)
+    given = dict(zip(getattr(outer, "__parameters__", ()), get_args(kind)))
+    for name in value:
+        if name not in types:
+            yield _unknown_field(str(name), list(types), path)
+    for each in fields(outer):
+        if each.name in value:
+            own = types[each.name]
+            yield from _faults(given.get(own, own), value[each.name], f"{path}{each.name}")
+        elif each.default is MISSING and each.default_factory is MISSING:
+            yield f"{path}{each.name} is missing"
+
+
+def _words(kind) -> str:
+    """A type in words."""
+    outer, inner = get_origin(kind) or kind, get_args(kind)
+    if outer in (Union, UnionType):
+        return " or ".join(_words(one) for one in inner)
+    if outer is Literal:
+        return "one of " + ", ".join(map(repr, inner))
+    if outer is tuple:
+        return "a list" if inner[-1] is ... else f"a list of {len(inner)}"
+    return PLAIN[kind][0] if kind in PLAIN else "an object"
