@@ -22,6 +22,7 @@ from flax import nnx, traverse_util
 from cir_jax import files
 from cir_jax.config import from_json, to_json
 from cir_jax.methods import METHODS, build, method_name
+from cir_jax.stopping import unstopped
 
 
 def abstract_params(config):
@@ -232,4 +233,5 @@ def training_states(workdir: Path):
     try:
         yield states
     finally:
-        states.close()
+        with unstopped():
+            states.close()

@@ -1,12 +1,12 @@
 """The commands, and what they have in common: how they start, how they fail and how they are stopped."""
 
-import contextlib
 import importlib
 import os
-import signal
 import sys
 import warnings
 from dataclasses import dataclass
+
+from cir_jax.stopping import Terminated, stoppable
 
 COMMANDS = {
     "eval": "evaluate retrieval on benchmarks: table, report with pictures, results.json, ranks",
@@ -40,10 +40,6 @@ class Limited(Common):
             raise ValueError(f"--limit is {self.limit}; it must be at least 1")
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM arrived; like Ctrl-C it unwinds the program, so that temporary files are removed."""
-
-
 def start(name: str) -> None:
     """Run one command; a foreseeable failure is one error on stderr and a non-zero exit code.
 
@@ -58,7 +54,7 @@ def start(name: str) -> None:
         stream.reconfigure(errors="backslashreplace")  # names of files may hold any bytes
     warnings.filterwarnings("ignore", message="Image size .* could be decompression bomb")
     try:
-        with _stoppable():
+        with stoppable():
             importlib.import_module(f"cir_jax.{name}").main()
             sys.stdout.flush()
     except KeyboardInterrupt as stop:
@@ -75,24 +71,6 @@ def start(name: str) -> None:
             raise
         print(f"error: {explained(error)}", file=sys.stderr)
         sys.exit(1)
-
-
-@contextlib.contextmanager
-def _stoppable():
-    """Unwind at the first SIGINT or SIGTERM; the next of either takes its default action."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
-
-    def stop(number, frame):
-        for each in numbers:
-            signal.signal(each, signal.SIG_DFL)
-        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
-
-    before = [signal.signal(number, stop) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, handler in zip(numbers, before):
-            signal.signal(number, handler)
 
 
 def explained(error: BaseException) -> str:

@@ -19,8 +19,12 @@ import numpy as np
 import tyro
 
 from cir_jax import files, metrics
-from cir_jax.config import Evaluation, Run, load_config
+from cir_jax.commands import Limited
+from cir_jax.compilation import keep_compiled
+from cir_jax.config import Evaluation, Run, load_config, to_json
+from cir_jax.data.benchmark import Chosen
 from cir_jax.data.documents import BUILTIN, DocumentSpec
+from cir_jax.eval_parts import Outcome, Parts, digest, mark
 
 SHOWN = ("recall@1", "recall@5", "recall@10", "mrr")  # in the table; the rest is in results.json
 TIMED = 10  # hits of the searches that are timed, and compared between indexes
@@ -30,11 +34,13 @@ PACKAGES = ("jax", "flax", "numpy", "scann", "pillow", "tokenizers", "cir_jax")
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(Limited):
     """Evaluate retrieval.
 
     CONFIG is a .py file that defines `config = Evaluation(…)`, or the name of a packaged one (`emoji`). Prints a
     table and writes DIR/results.json, the ranks of every query, and DIR/report.html, which shows them in pictures.
+    With a --limit the galleries shrink too, so the numbers are only a try. An interrupted evaluation continues when
+    the same command is given again.
     """
 
     config: tyro.conf.Positional[str]
@@ -42,6 +48,8 @@ class Arguments:
     """folder for results.json, report.html and the ranks; without it `results/CONFIG`"""
     variant: tuple[str, ...] = ()
     """measure on these variants of the benchmarks instead (the emoji have noto and twemoji; of several the mean too)"""
+    batch_size: int = 128
+    """queries or pictures computed at once"""
 
 
 @lru_cache(maxsize=8)
@@ -95,16 +103,16 @@ def _model(name: str):
 
 
 @lru_cache(maxsize=4)
-def _vectors(retriever: str, name: str, documents: DocumentSpec):
+def _vectors(retriever: str, name: str, documents: DocumentSpec, parts: Parts):
     """(query vectors, item vectors, milliseconds per query spent encoding) of a benchmark."""
     from cir_jax.retrieval import Queries
 
     model, benchmark = _model(retriever), named_benchmark(name)
-    items = model.encode("item", benchmark.gallery)
+    items = parts.items(model, benchmark)
     asked = list(Queries(benchmark.queries, 1, documents))
-    model.encode("query", asked)  # compiles, so that the timed pass does not
+    model.encode("query", asked, parts.batch_size)  # compiles, so that the timed pass does not
     start = time.perf_counter()
-    queries = model.encode("query", asked)
+    queries = model.encode("query", asked, parts.batch_size)
     return queries, items, 1000 * (time.perf_counter() - start) / max(1, len(benchmark.queries))
 
 
@@ -121,24 +129,18 @@ def _scored(reranker: str, name: str, documents: DocumentSpec) -> _Scored:
     return _Scored()
 
 
-def _candidate_scores(run: Run, rows: np.ndarray, items) -> tuple[np.ndarray, float]:
+def _candidate_scores(run: Run, rows: np.ndarray, items, parts: Parts) -> tuple[np.ndarray, float]:
     """Scores `[Q, K]` float32 of the run's re-ranker, and its milliseconds per pair so far, compilation included."""
-    from cir_jax.retrieval import Queries, score_by_vectors, score_candidates
-
     benchmark = named_benchmark(run.benchmark)
     scored = _scored(run.reranker, run.benchmark, run.documents)
     missing = rows.copy()
     for query, place in zip(*np.nonzero(rows >= 0)):
         if (query, rows[query, place]) in scored.pairs:
             missing[query, place] = -1
-    model, start = _model(run.reranker), time.perf_counter()
-    asked = Queries(benchmark.queries, 2, run.documents)
-    if run.reranker == run.retriever:
-        scores = score_by_vectors(model, asked, items, missing)
-    else:
-        pictures = lambda rows: [benchmark.gallery[row] for row in rows]
-        scores = score_candidates(model, asked, pictures, missing)
-    scored.milliseconds += 1000 * (time.perf_counter() - start)
+    model = _model(run.reranker)
+    key = [model.fingerprint, mark(benchmark), to_json(run.documents)]
+    scores, milliseconds = parts.scores(key, missing, _scorer(run, model, items))
+    scored.milliseconds += milliseconds
     new = zip(*np.nonzero(missing >= 0))
     scored.pairs.update({(q, missing[q, place]): scores[q, place] for q, place in new})
     get = lambda query, row: scored.pairs.get((query, row), -np.inf)
@@ -146,7 +148,24 @@ def _candidate_scores(run: Run, rows: np.ndarray, items) -> tuple[np.ndarray, fl
     return np.array(found, np.float32), scored.milliseconds / max(1, len(scored.pairs))
 
 
-def _subset_values(run: Run, items) -> dict[str, np.ndarray]:
+def _scorer(run: Run, model, items):
+    """What scores the candidates of some queries of a run; see `eval_parts.Score`."""
+    from cir_jax.retrieval import Queries, score_by_vectors, score_candidates
+
+    benchmark = named_benchmark(run.benchmark)
+    pictures = lambda rows: [benchmark.gallery[row] for row in rows]
+
+    def score(rows, first, advance):
+        some = Chosen(benchmark.queries, range(first, first + len(rows)))
+        asked = Queries(some, 2, run.documents)
+        if run.reranker == run.retriever:
+            return score_by_vectors(model, asked, items, rows)
+        return score_candidates(model, asked, pictures, rows, advance)
+
+    return score
+
+
+def _subset_values(run: Run, items, parts: Parts) -> dict[str, np.ndarray]:
     """Metrics of stage 2 over the closed group of each query, every member of which it scores, found or not."""
     from cir_jax.index import Hits
     from cir_jax.retrieval import rerank
@@ -157,7 +176,7 @@ def _subset_values(run: Run, items) -> dict[str, np.ndarray]:
         return {}
     width = max(map(len, benchmark.subset))
     rows = np.array([[*members, *[-1] * (width - len(members))] for members in benchmark.subset])
-    scores, _ = _candidate_scores(run, rows, items)
+    scores, _ = _candidate_scores(run, rows, items, parts)
     hits = rerank(Hits(rows, np.zeros(rows.shape, np.float32)), scores)
     return metrics.per_query(hits.rows, benchmark, names)
 
@@ -196,13 +215,13 @@ def _searched(run: Run, queries, items):
     return index, retrieve(index, queries, k, benchmark.exclude), searching
 
 
-def evaluate_run(run: Run) -> list[tuple[dict[str, Any], dict[str, np.ndarray]]]:
+def evaluate_run(run: Run, parts: Parts) -> Outcome:
     """For each stage a row of results.json, and its arrays: `ids`, `rows`, `scores`, `rank`, and one per metric."""
     from cir_jax.index import ExactIndex
     from cir_jax.retrieval import rerank, retrieve
 
     benchmark = named_benchmark(run.benchmark)
-    queries, items, encoding = _vectors(run.retriever, run.benchmark, run.documents)
+    queries, items, encoding = _vectors(run.retriever, run.benchmark, run.documents, parts)
     index, hits, searching = _searched(run, queries, items)
     spent = {"encode": encoding, "search": searching}
     first = _outcome(run, 1, index, hits, spent)
@@ -214,9 +233,9 @@ def evaluate_run(run: Run) -> list[tuple[dict[str, Any], dict[str, np.ndarray]]]
     if run.reranker is None:
         return [first]
     candidates = hits.rows[:, : run.k]
-    scores, per_pair = _candidate_scores(run, candidates, items)
+    scores, per_pair = _candidate_scores(run, candidates, items, parts)
     spent |= {"rerank": per_pair * candidates.shape[1]}
-    ranked, members = rerank(hits, scores, run.fusion), _subset_values(run, items)
+    ranked, members = rerank(hits, scores, run.fusion), _subset_values(run, items, parts)
     second = _outcome(run, 2, index, ranked, spent, members)
     second[0].update(_gain(first, second))
     return [first, second]
@@ -246,6 +265,8 @@ def _outcome(run: Run, stage: int, index, hits, spent, measured=None):
     }
     if len(benchmark.rules):
         row["rules"] = metrics.by_rule(values, benchmark.rules)
+    if run.documents != BUILTIN:
+        row["documents"] = to_json(run.documents)
     if stage == 2:
         row |= {"reranker": run.reranker, "k": run.k, "fusion": run.fusion}
     rank = metrics.ranks(hits.rows, benchmark.positives, benchmark.exclude)
@@ -278,7 +299,8 @@ def pooled(results: list[tuple[dict, dict]]) -> list[dict[str, Any]]:
     groups = defaultdict(dict)
     for row, arrays in results:
         style, _, flags = row["variant"].partition("-")
-        first = (row["benchmark"], flags, row["split"], row["run"], row["index_asked"])
+        asked = digest(row.get("documents"))
+        first = (row["benchmark"], flags, row["split"], row["run"], row["index_asked"], asked)
         second = tuple(row.get(name) for name in ("reranker", "k", "fusion"))
         groups[first, second].setdefault(style, (row, arrays))
     means = {
@@ -352,26 +374,36 @@ def with_limit(evaluation: Evaluation, n: int) -> Evaluation:
     )
 
 
-def evaluate(evaluation: Evaluation, output: Path) -> list[dict[str, Any]]:
-    """Carry out every run; write `results.json`, `report.html` and one `.npz` per stage; return the rows."""
+def evaluate(evaluation: Evaluation, output: Path, batch_size: int = 128) -> list[dict[str, Any]]:
+    """Carry out every run; write `results.json`, `report.html` and one `.npz` per stage; return the rows.
+
+    What is computed is kept in `output/parts` until all is written: after an interruption the same call goes on there.
+
+    Raises:
+      BlockingIOError: another process evaluates into `output`.
+    """
     import jax
 
-    from cir_jax.eval_report import evaluation_page
     from cir_jax.model import find_model
-    from cir_jax.progress import progress
 
     for run in evaluation.runs:
         named_benchmark(run.benchmark)
         for name in filter(None, (run.retriever, run.reranker)):
             find_model(name)
-    output.mkdir(parents=True, exist_ok=True)
+    with files.explained(output):
+        output.mkdir(parents=True, exist_ok=True)
+    with files.lock(output), jax.default_matmul_precision("highest"):
+        return _evaluate(evaluation, output, Parts(output / "parts", batch_size))
+
+
+def _evaluate(evaluation: Evaluation, output: Path, parts: Parts) -> list[dict[str, Any]]:
+    from cir_jax.eval_report import evaluation_page
+    from cir_jax.progress import progress
+
     results = []
-    with (
-        jax.default_matmul_precision("highest"),
-        progress("evaluating", len(evaluation.runs)) as advance,
-    ):
+    with progress("evaluating", len(evaluation.runs)) as advance:
         for run in evaluation.runs:
-            for row, arrays in evaluate_run(run):
+            for row, arrays in parts.outcome(_key(run), lambda run=run: evaluate_run(run, parts)):
                 row["ranks"] = f"{_file_name(row)}.npz"
                 with files.write_atomically(output / row["ranks"]) as part:
                     np.savez_compressed(part, **arrays)
@@ -381,7 +413,14 @@ def evaluate(evaluation: Evaluation, output: Path) -> list[dict[str, Any]]:
     result = {"format": files.FORMAT, "environment": environment(), "rows": rows}
     files.write_json(output / "results.json", result)
     evaluation_page(output / "report.html", results, _benchmark_of, result["environment"])
+    parts.remove()
     return rows
+
+
+def _key(run: Run) -> list:
+    """All that the outcome of a run depends on."""
+    models = [_model(name).fingerprint for name in filter(None, (run.retriever, run.reranker))]
+    return [to_json(run), models, mark(named_benchmark(run.benchmark))]
 
 
 def _benchmark_of(row):
@@ -395,6 +434,7 @@ def _file_name(row) -> str:
     if row["stage"] == 2:
         names.append(f"k{row['k']}")
         names += [] if row["fusion"] is None else [f"fusion{row['fusion']:g}"]
+    names += [f"documents{digest(row['documents'])[:6]}"] if "documents" in row else []
     return "-".join(names)
 
 
@@ -428,7 +468,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
             f"{row['milliseconds_per_query']:.2f}",
             recall,
         )
-    Console(width=None if sys.stdout.isatty() else 200, markup=False).print(table)
+    Console(width=None if sys.stdout.isatty() else 240, markup=False).print(table)
 
 
 def _gain_cells(row) -> tuple[str, str]:
@@ -449,8 +489,10 @@ def _percent(row, name) -> str:
 def main(argv: list[str] | None = None) -> None:
     arguments = tyro.cli(Arguments, args=argv, prog="python -m cir_jax.eval")
     evaluation = load_config(arguments.config, Evaluation)
+    keep_compiled(arguments.cache)
     output = arguments.output or Path("results") / Path(arguments.config).stem
-    print_table(evaluate(with_variants(evaluation, arguments.variant), output))
+    evaluation = with_limit(with_variants(evaluation, arguments.variant), arguments.limit or 0)
+    print_table(evaluate(evaluation, output, arguments.batch_size))
     print(f"results and ranks in {output}; pictures and curves in {output / 'report.html'}")
 
 

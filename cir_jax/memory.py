@@ -28,10 +28,10 @@ def halved_once(
         if not full(error):
             raise
         if size < most or size < 2:
-            raise MemoryError(f"{what} {size} does not fit {_devices()}; give a smaller one") from None
-    print(
-        f"{what} {size} does not fit {_devices()}; going on with {size // 2}", file=sys.stderr
-    )
+            raise MemoryError(
+                f"{what} {size} does not fit {_devices()}; give a smaller one"
+            ) from None
+    print(f"{what} {size} does not fit {_devices()}; going on with {size // 2}", file=sys.stderr)
     return halved_once(compute, size // 2, most, what)
 
 

@@ -61,9 +61,7 @@ def report_cut(text: str, spec) -> None:
     words = tokenizer(spec)
     found, room = len(words.content([text])[0]), words.length - 2
     if found > room:
-        print(
-            f"the text has {found:,} pieces; the model reads the first {room}", file=sys.stderr
-        )
+        print(f"the text has {found:,} pieces; the model reads the first {room}", file=sys.stderr)
 
 
 def print_results(results) -> None:

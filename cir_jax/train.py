@@ -12,8 +12,9 @@ from pathlib import Path
 import tyro
 
 from cir_jax import files, processes
-from cir_jax.config import Experiment, load_config, packaged_configs, portable
+from cir_jax.config import Experiment, from_json, load_config, packaged_configs, portable
 from cir_jax.progress import progress
+from cir_jax.stopping import unstopped
 
 
 class Log:
@@ -266,7 +267,8 @@ def _train(config: Experiment, workdir: Path) -> Path:
                 if due(config.train.eval_every, done, steps):
                     log(done, best.consider(state, done))
                 if due(config.train.save_every, done, steps):
-                    states.save(done, state)
+                    with unstopped():
+                        states.save(done, state)
                 advance(1)
     return best.publish()
 
@@ -332,13 +334,21 @@ def prepare_workdir(config: Experiment, workdir: Path) -> None:
     if not path.exists():
         files.write_json(path, value)
         return
-    before = files.read_json(path)
+    before = _completed(files.read_json(path), config)
     if before != value:
         changed = ", ".join(differences(before, value))
         raise ValueError(
             f"{workdir} holds a run of another experiment (different: {changed}); "
             "choose another --workdir, or give the values it began with"
         )
+
+
+def _completed(stored, config: Experiment):
+    """A stored experiment with the defaults of fields that are younger than it; as it is if it is of another kind."""
+    try:
+        return portable(from_json(Experiment[type(config.method)], stored))
+    except ValueError:
+        return stored
 
 
 def differences(a, b, path: str = "") -> list[str]:

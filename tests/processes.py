@@ -5,6 +5,7 @@ with its own arguments, folder, streams, signals and exit code.
 """
 
 import atexit
+import contextlib
 import functools
 import json
 import os
@@ -12,6 +13,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from pathlib import Path
 
 SERVER = """
@@ -48,8 +51,7 @@ for line in sys.stdin:
             sys.stdout.flush(); sys.stderr.flush()
             os._exit(code)
     print(pid, flush=True)
-    if asked["wait"]:
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 
 
@@ -62,10 +64,17 @@ def _server() -> subprocess.Popen:
 
 
 def run(
-    name: str, *arguments, cwd=None, env=None, limits=(), timeout: float = 280
+    name: str, *arguments, cwd=None, env=None, limits=(), timeout=280, stop=None
 ) -> subprocess.CompletedProcess:
-    """Run `python -m NAME ARGUMENTS` to its end; `limits` are (resource, value) for `setrlimit`."""
-    encoded = [os.fsencode(a if isinstance(a, (str, bytes, os.PathLike)) else str(a)) for a in arguments]
+    """Run `python -m NAME ARGUMENTS` to its end.
+
+    Args:
+      limits: (resource, value) each, for `setrlimit`.
+      stop: (signal, when): the signal is sent as soon as `when()` is true.
+    """
+    encoded = [
+        os.fsencode(a if isinstance(a, (str, bytes, os.PathLike)) else str(a)) for a in arguments
+    ]
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
         asked = {
@@ -76,16 +85,37 @@ def run(
             "out": str(out),
             "err": str(err),
             "limits": list(limits),
-            "wait": True,
         }
         server = _server()
         server.stdin.write(json.dumps(asked) + "\n")
         server.stdin.flush()
         pid = int(server.stdout.readline())
-        signal.signal(signal.SIGALRM, lambda *_: os.kill(pid, signal.SIGKILL))
-        signal.alarm(int(timeout))
-        try:
+        with _watched(pid, timeout, stop):
             code = int(server.stdout.readline())
-        finally:
-            signal.alarm(0)
-        return subprocess.CompletedProcess([name, *arguments], code, out.read_bytes(), err.read_bytes())
+        done = subprocess.CompletedProcess([name, *arguments], code)
+        done.stdout, done.stderr = out.read_bytes(), err.read_bytes()
+        return done
+
+
+@contextlib.contextmanager
+def _watched(pid: int, timeout: float, stop):
+    """Kill the process when its time is over, and send it the signal that is asked for."""
+    ended = threading.Event()
+
+    def watch():
+        start, waiting = time.monotonic(), stop
+        while not ended.wait(0.002):
+            if waiting and waiting[1]():
+                os.kill(pid, waiting[0])
+                waiting = None
+            if time.monotonic() - start > timeout:
+                os.kill(pid, signal.SIGKILL)
+                return
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()

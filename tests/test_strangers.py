@@ -4,12 +4,10 @@ The commands run as a user starts them. Where one run meets many bad things at o
 """
 
 import io
-import json
 import os
 import re
 import struct
 import sys
-import tarfile
 import zlib
 from pathlib import Path
 
@@ -107,7 +105,10 @@ GREY_ALPHA = stored(Image.merge("LA", [Image.fromarray(GREY), Image.fromarray(AL
 
 # name -> (contents of the file, the picture that the model has to see)
 GOOD = {
-    "one.png": (stored(Image.new("RGB", (1, 1), (9, 200, 30)), "png"), np.full((1, 1, 3), (9, 200, 30))),
+    "one.png": (
+        stored(Image.new("RGB", (1, 1), (9, 200, 30)), "png"),
+        np.full((1, 1, 3), (9, 200, 30)),
+    ),
     "cmyk.jpg": (CMYK, shown(CMYK)),
     "sixteen bits.png": (
         stored(Image.fromarray(DEEP), "png"),
@@ -132,8 +133,14 @@ BAD = {
     "truncated.jpg": (CMYK[: len(CMYK) // 2], "truncated"),
     "empty.png": (b"", "the file is empty"),
     "bomb.png": (bomb(), "decompression bomb"),
-    "photo.heic": (struct.pack(">I", 24) + b"ftypheic" + bytes(200), "HEIC, which Pillow cannot decode"),
-    "drawing.svg": (b"<?xml version='1.0'?><svg xmlns='http://www.w3.org/2000/svg'/>", "convert it to PNG"),
+    "photo.heic": (
+        struct.pack(">I", 24) + b"ftypheic" + bytes(200),
+        "HEIC, which Pillow cannot decode",
+    ),
+    "drawing.svg": (
+        b"<?xml version='1.0'?><svg xmlns='http://www.w3.org/2000/svg'/>",
+        "convert it to PNG",
+    ),
     "text.jpg": (b"no picture at all, only words", "unknown format"),
     "loop.png": (Path("loop of links.png"), "symbolic links"),
     "loop of links.png": (Path("loop.png"), "symbolic links"),
@@ -200,7 +207,9 @@ def test_nothing_is_missed_and_nothing_invented(strange):
 
 
 def test_the_pictures_differ_so_that_the_tests_above_can_fail(expected_vectors):
-    seen = np.stack([expected_vectors[n] for n in ("one.png", "cmyk.jpg", "palette.png", "turned.jpg")])
+    seen = np.stack(
+        [expected_vectors[n] for n in ("one.png", "cmyk.jpg", "palette.png", "turned.jpg")]
+    )
     assert (seen @ seen.T)[np.triu_indices(4, 1)].max() < 0.999
 
 
@@ -217,7 +226,9 @@ def strange_index(strange) -> Path:
     return strange / "index"
 
 
-def test_strange_names_are_shown_on_one_line_each_and_obeyed_by_no_terminal(strange_index, tmp_path):
+def test_strange_names_are_shown_on_one_line_each_and_obeyed_by_no_terminal(
+    strange_index, tmp_path
+):
     page = tmp_path / "page.html"
     done = run("cir_jax.search", strange_index, "--text", "a fox", "--k", 99, "--html", page)
     assert done.returncode == 0, done.stderr.decode()
@@ -281,7 +292,10 @@ def page_of(words: str, tmp_path: Path) -> Path:
         (["--text", "x", "--document", "words.txt"], "a document asks alone"),
         (["--text", "x", "--k", "0"], "at least 1"),
         (["--text", "x", "--k", "-3"], "at least 1"),
-        (["--text", "x", "--rerank", "emoji_rerank"], "consists of image and text; this one has text"),
+        (
+            ["--text", "x", "--rerank", "emoji_rerank"],
+            "consists of image and text; this one has text",
+        ),
         (["--text", "x", "--exclude", "nobody"], "no item 'nobody'"),
         (["--text", "x", "--html", "no/such/folder/x.html"], "no/such/folder"),
         (["--text", "x", "--checkpoint", "emoji_documents"], "the index holds vectors of"),
@@ -300,7 +314,16 @@ def test_queries_that_cannot_be_asked_end_in_one_clear_error(
 
 @pytest.mark.parametrize(
     "words",
-    ["狐狸", "ثعلب أحمر", "лиса", "🦊🦊", "ﬁ ﬂ ½", "a\u0301" * 50, "<b>fox</b> & ' \" ; --", "x" * 5000],
+    [
+        "狐狸",
+        "ثعلب أحمر",
+        "лиса",
+        "🦊🦊",
+        "ﬁ ﬂ ½",
+        "a\u0301" * 50,
+        "<b>fox</b> & ' \" ; --",
+        "x" * 5000,
+    ],
     ids=ascii,
 )
 def test_text_of_any_script_is_answered(words, strange_index):
