@@ -599,6 +599,18 @@ def test_a_shipped_model_starts_where_it_ended(tmp_path):
     assert copy.parent == tmp_path / "model" and copy.read_bytes() == original.read_bytes()
 
 
+def test_a_run_from_before_there_were_limits_continues(start, tmp_path):
+    config = fine_tune(start, data=(Data("pairs", root="x.csv"),), steps=9, batch_size=8)
+    prepare_workdir(config, tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    del stored["train"]["limit"]
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    prepare_workdir(config, tmp_path)
+    few = dataclasses.replace(config, train=dataclasses.replace(config.train, limit=5))
+    with pytest.raises(ValueError, match=r"different: train.limit\)"):
+        prepare_workdir(few, tmp_path)
+
+
 def test_what_fine_tuning_takes_over(start, colours):
     data = (Data("pairs", root="x.csv"),)
     config = fine_tune(start, data=data, steps=200, batch_size=8, tensor=1, seed=5, best="recall@1")
