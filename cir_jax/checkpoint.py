@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import reprlib
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -120,7 +121,7 @@ def read_model(folder: str | os.PathLike):
     manifest = files.read_manifest(folder, "checkpoint")
     if manifest["method"] not in METHODS:
         raise ValueError(
-            f"{folder} holds a model of method {manifest['method']!r}; this version knows {', '.join(METHODS)}"
+            f"{folder} holds a model of method {reprlib.repr(manifest['method'])}; this version knows {', '.join(METHODS)}"
         )
     config = _stored_config(folder, manifest)
     files.check_sums(folder, manifest["sums"])

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import reprlib
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
@@ -257,10 +258,12 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
     with explained(path, "read"):
         content = path.read_bytes()
     try:
-        value = json.loads(content, parse_constant=_refuse_constant)
+        # Decoded here, or json would take a stray zero byte for UTF-16.
+        value = json.loads(content.decode("utf-8-sig"), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
+        at = f"byte {error.start} is not UTF-8" if isinstance(error, UnicodeError) else error
         raise ValueError(
-            f"{path.absolute()} is not complete JSON ({error}); it was cut or overwritten, make it again"
+            f"{path.absolute()} is not complete JSON ({at}); it was cut or overwritten, make it again"
         ) from error
     if not isinstance(value, dict):
         raise ValueError(
@@ -290,15 +293,17 @@ def read_manifest(folder: str | os.PathLike, kind: str) -> dict[str, Any]:
     version, found = manifest.get("format"), manifest.get("kind")
     if type(version) is not int or version < 1:
         raise ValueError(
-            f"{folder.absolute()}/{MANIFEST} has format {version!r}, expected 1 to {FORMAT}; {made_by}"
+            f"{folder.absolute()}/{MANIFEST} has format {reprlib.repr(version)}, expected 1 to {FORMAT}; {made_by}"
         )
     if version > FORMAT:
         raise ValueError(
-            f"{folder.absolute()} was made by a newer cir_jax (format {version}, this one reads up to {FORMAT}); "
+            f"{folder.absolute()} was made by a newer cir_jax (format {reprlib.repr(version)}, this one reads up to {FORMAT}); "
             "update cir_jax"
         )
     if found != kind:
-        raise ValueError(f"{folder.absolute()} holds {found!r}, expected {kind!r}; {made_by}")
+        raise ValueError(
+            f"{folder.absolute()} holds {reprlib.repr(found)}, expected {kind!r}; {made_by}"
+        )
     refuse_manifest(folder, kind, field_faults(manifest, FIELDS[kind]))
     return manifest
 

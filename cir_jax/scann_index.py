@@ -216,8 +216,8 @@ def write(searcher: Searcher, folder: Path) -> str:
     except RuntimeError as error:
         # ScaNN keeps the reason to itself.
         raise OSError(
-            f"ScaNN could not write its files to {folder.absolute().parent.parent} ({error}); "
-            "make room on the disk and repeat"
+            f"ScaNN could not write its files to {folder.absolute().parent.parent}; "
+            "make room there, or see that it may be written, and repeat"
         ) from error
     return "dataset.npy"
 

@@ -8,6 +8,7 @@ import functools
 import os
 import re
 import tarfile
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from cir_jax.data.tables import TABLES, read_table, read_text, relative
+from cir_jax.files import shown
 
 READABLE = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 # Those without a decoder belong to the gallery all the same: they are reported as skipped instead of missed in silence.
@@ -91,13 +93,15 @@ def _from_locator(locator):
     }
     kind = locator.get("kind")
     if not isinstance(kind, str) or kind not in openers:
-        raise ValueError(f"a gallery of kind {kind!r}; known are {', '.join(openers)}")
+        raise ValueError(f"a gallery of kind {shown(kind)}; known are {', '.join(openers)}")
     field, opener = openers[kind]
     if field not in locator:
-        raise ValueError(f"the gallery {dict(locator)} does not say its {field!r}")
+        raise ValueError(f"the gallery {shown(dict(locator))} does not say its {field!r}")
     place = locator[field]
     if not isinstance(place, str) or not place or "\0" in place:
-        raise ValueError(f"the gallery {dict(locator)} has no text that could name its {field!r}")
+        raise ValueError(
+            f"the gallery {shown(dict(locator))} has no text that could name its {field!r}"
+        )
     return opener(place)
 
 
@@ -154,6 +158,8 @@ def _inside(root, relative):
 def _list(file):
     if not file.is_file():
         raise FileNotFoundError(f"the list {file} of a gallery is gone; {UNDERSTOOD}")
+    if file.suffix.lower() not in LISTS:
+        raise ValueError(f"{file} is no list, expected {' '.join(LISTS)}; {UNDERSTOOD}")
     records = [record for record in _RECORDS[file.suffix.lower()](file) if record["image"]]
     root = file.parent
     faults, paths = [], []
@@ -187,7 +193,7 @@ def _table_records(file):
 def _record(record, place):
     """`image`, `id` and `text` of one entry, as strings."""
     if not isinstance(record.get("image"), str) or not record["image"].strip():
-        found = ", ".join(map(str, record)) or "nothing"
+        found = textwrap.shorten(", ".join(str(name)[:40] for name in record), 200) or "nothing"
         raise ValueError(f"{place} has no `image` with a path; it has {found}")
     known = {key: record.get(key) for key in ("image", "id", "text")}
     return {key: str(value) for key, value in known.items() if value is not None}

@@ -10,6 +10,7 @@ import io
 import json
 import math
 import os
+import textwrap
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -162,8 +163,9 @@ def _csv_rows(path) -> Iterator[Row]:
         if header is None:
             header = _header([name.strip() for name in cells], place)
         elif len(cells) != len(header):
+            names = textwrap.shorten(", ".join(name[:40] for name in header), 200)
             raise ValueError(
-                f"{place} has {len(cells)} cells, the header {len(header)} ({', '.join(header)}); "
+                f"{place} has {len(cells)} cells, the header {len(header)} ({names}); "
                 f"put values that hold commas into double quotes"
             )
         else:
