@@ -1,5 +1,6 @@
 """Every packaged config loads, builds and shards; bad ones are named clearly."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -104,6 +105,65 @@ def test_all_faults_of_a_stored_config_are_one_message():
         from_json(ClipConfig, value)
     assert "embed" in str(error.value)
     assert "patches" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("embed", "5", 'embed is "5", expected a whole number'),
+        ("embed", 5.0, "embed is 5.0, expected a whole number"),
+        ("embed", True, "embed is true, expected a whole number"),
+        ("activation", 1, "activation is 1, expected one of 'quick_gelu', 'gelu', 'relu'"),
+        ("remat", "no", 'remat is "no", expected true or false'),
+        ("largest_scale", "1", 'largest_scale is "1", expected a finite number'),
+        ("largest_scale", 10**400, "expected a finite number"),
+        ("vision", None, "vision is null, expected an object"),
+        ("visoin", {}, 'no field "visoin"; did you mean "vision"?'),
+        ("vision.widht", 3, 'no field "vision.widht"; did you mean "vision.width"?'),
+        ("inputs.text.vocab", None, "inputs.text.vocab is null, expected text"),
+        ("inputs.image.mean", "abc", 'inputs.image.mean is "abc", expected a list of 3'),
+        ("inputs.image.mean", [0, 1, "2"], r'inputs.image.mean\[2\] is "2", expected a finite num'),
+        ("inputs.image.background", [1, 2], "expected a list of 3 or null"),
+        ("inputs.image.size", 0, "image size 0; expected at least 1"),
+    ],
+)
+def test_nothing_is_converted_to_fit_a_stored_config(path, value, words):
+    stored = json.loads(json.dumps(to_json(ClipConfig(inputs=Inputs()))))
+    *parents, last = path.split(".")
+    functools.reduce(dict.__getitem__, parents, stored)[last] = value
+    with pytest.raises(ValueError, match=f"this is not a ClipConfig of this version:\n  .*{words}"):
+        from_json(ClipConfig, stored)
+
+
+def test_whole_numbers_are_numbers_and_defaults_may_be_absent():
+    assert from_json(ClipConfig, {"largest_scale": 7}) == ClipConfig(largest_scale=7.0)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("config = Optim(lr_rate=3)", 'line 2: Optim has no field "lr_rate"; did you mean "lr"?'),
+        ("config = (", "line 2: SyntaxError: '.' was never closed"),
+        ("raise SystemExit(0)", "line 2: the file ends the program; it must only define"),
+        ("config = {}['a']", "line 2: KeyError: 'a'"),
+        ("config = Run('a', 'b', k=0)", "line 2: k is 0 and fusion None; expected k from 1 on"),
+        (
+            "config = Experiment(3, (), Train(1, 1))",
+            "config.method is a int, expected one of ClipC",
+        ),
+        (
+            "config = Experiment(ClipConfig(), (), Train(1, 'x'), Optim(betas=(1,)))",
+            r'config.train.batch_size is "x", .*\n.*optim.betas is \[1\], expected a list of 2',
+        ),
+    ],
+)
+def test_whatever_a_config_file_does_is_one_error_with_its_line(tmp_path, line, words):
+    path = tmp_path / "own.py"
+    used = "from cir_jax.config import *; from cir_jax.config import Optim, Run, Train"
+    path.write_text(f"{used}; from cir_jax.methods.clip import ClipConfig\n{line}\n")
+    with pytest.raises(ValueError, match=words) as error:
+        load_config(str(path), Experiment)
+    assert str(path) in str(error.value)
 
 
 @pytest.mark.parametrize(
