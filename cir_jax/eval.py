@@ -384,16 +384,32 @@ def evaluate(evaluation: Evaluation, output: Path, batch_size: int = 128) -> lis
     """
     import jax
 
-    from cir_jax.model import find_model
-
+    if not evaluation.runs:
+        raise ValueError("the evaluation has no runs; give at least one Run(benchmark, retriever)")
     for run in evaluation.runs:
-        named_benchmark(run.benchmark)
-        for name in filter(None, (run.retriever, run.reranker)):
-            find_model(name)
+        check_run(run)
     with files.explained(output):
         output.mkdir(parents=True, exist_ok=True)
     with files.lock(output), jax.default_matmul_precision("highest"):
         return _evaluate(evaluation, output, Parts(output / "parts", batch_size))
+
+
+def check_run(run: Run) -> None:
+    """Refuse, before anything is computed, a run whose models cannot read the queries of its benchmark."""
+    from cir_jax.methods import METHODS, method_name, reranks
+    from cir_jax.model import as_example
+    from cir_jax.retrieval import as_query
+
+    benchmark = named_benchmark(run.benchmark)
+    if reranks(_model(run.retriever).config):
+        raise ValueError(f"{run.retriever} re-ranks; it cannot be the retriever of a run")
+    for stage, name in enumerate((run.retriever, run.reranker), 1):
+        if name is None or not len(benchmark.queries):
+            continue
+        asked = as_query(benchmark.queries[0], stage, run.documents)
+        parts = {"text" if part == "texts" else part: value for part, value in asked.items()}
+        kinds = METHODS[method_name(_model(name).config)][1].query_kinds
+        as_example("query", parts, kinds, name)
 
 
 def _evaluate(evaluation: Evaluation, output: Path, parts: Parts) -> list[dict[str, Any]]:

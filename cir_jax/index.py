@@ -18,6 +18,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 
 from cir_jax import files, scann_index
+from cir_jax.commands import Limited
+from cir_jax.compilation import keep_compiled
 from cir_jax.scann_index import ScannSettings
 from cir_jax.vectors import (
     Items,
@@ -180,6 +182,7 @@ def make_index(
     recall: float = 0.95,
     k: int = 10,
     queries: np.ndarray | None = None,
+    checkpoint: str | None = None,
 ) -> ExactIndex | ScannIndex:
     """An index of this kind, "exact" or "scann"; see the classes for the arguments.
 
@@ -188,8 +191,9 @@ def make_index(
     """
     _checked_kind(kind)
     if kind == "scann" and _scann_serves(len(vectors)):
-        return ScannIndex(vectors, ids, gallery, fingerprint, recall=recall, k=k, queries=queries)
-    return ExactIndex(vectors, ids, gallery, fingerprint, mesh)
+        tuning = {"recall": recall, "k": k, "queries": queries}
+        return ScannIndex(vectors, ids, gallery, fingerprint, checkpoint=checkpoint, **tuning)
+    return ExactIndex(vectors, ids, gallery, fingerprint, mesh, checkpoint)
 
 
 def open_index(path: str | os.PathLike, mesh: Any = None) -> ExactIndex | ScannIndex:
@@ -367,7 +371,7 @@ def _say_once(message: str) -> None:
 
 
 @dataclass(frozen=True)
-class Command:
+class Command(Limited):
     """Build an index over a folder of vectors and save it."""
 
     vectors: Path
@@ -393,8 +397,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         config=(tyro.conf.PositionalRequiredArgs,),
     )
     files.refuse_existing(command.dest)
-    vectors = Vectors(command.vectors)
-    index = make_index(command.kind, vectors, recall=command.recall, k=command.k)
+    keep_compiled(command.cache)
+    whole, first = Vectors(command.vectors), slice(command.limit)
+    index = make_index(
+        command.kind,
+        whole.array()[first],
+        whole.ids[first],
+        whole.gallery,
+        whole.fingerprint,
+        checkpoint=whole.checkpoint,
+        recall=command.recall,
+        k=command.k,
+    )
     index.save(command.dest)
     line = f"wrote {command.dest}: {index.kind} index, {len(index):,} rows x {index.width}"
     print(line if index.kind == "exact" else f"{line}, {index.settings}")

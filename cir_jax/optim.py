@@ -46,11 +46,20 @@ def optimizer(optim: Optim, steps: int) -> optax.GradientTransformation:
 def split_frozen(params, patterns: tuple[str, ...]):
     """(trained, frozen) parts of a parameter tree; a parameter is frozen if a pattern matches its whole path."""
     flat = traverse_util.flatten_dict(params, sep="/")
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"optim.frozen pattern {pattern!r} is malformed: {error}") from None
     held = {name for name in flat if any(re.fullmatch(pattern, name) for pattern in patterns)}
     unused = [p for p in patterns if not any(re.fullmatch(p, name) for name in flat)]
     if unused:
         raise ValueError(
             f"optim.frozen pattern {unused[0]!r} matches none of the parameters {sorted(flat)}"
+        )
+    if len(held) == len(flat):
+        raise ValueError(
+            f"optim.frozen {list(patterns)} holds every parameter; nothing would train"
         )
     part = lambda frozen: {name: x for name, x in flat.items() if (name in held) == frozen}
     unflatten = lambda flat: traverse_util.unflatten_dict(flat, sep="/")

@@ -2,16 +2,20 @@
 
 import contextlib
 import json
+import math
+import operator
 import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import tyro
 
 from cir_jax import files, processes
+from cir_jax.commands import Limited
+from cir_jax.compilation import keep_compiled
 from cir_jax.config import Experiment, from_json, load_config, packaged_configs, portable
 from cir_jax.progress import progress
 from cir_jax.stopping import unstopped
@@ -82,6 +86,34 @@ def make_init(config: Experiment, tx) -> Callable:
     return init
 
 
+LEAST = {  # field -> the smallest value it may have
+    "train.steps": 1,
+    "train.batch_size": 1,
+    "train.log_every": 1,
+    "train.save_every": 1,
+    "train.eval_every": 1,
+    "train.limit": 0,
+    "optim.lr": 0,
+    "optim.weight_decay": 0,
+    "optim.warmup": 0,
+    "optim.clip_norm": 0,
+    "mesh.fsdp": 1,
+    "mesh.tensor": 1,
+}
+
+
+def check_numbers(config: Experiment) -> None:
+    """Refuse numbers that are too small or none; every wrong one is in the message."""
+    values = {name: operator.attrgetter(name)(config) for name in LEAST}
+    wrong = [
+        f"{name} is {value}; it must be at least {LEAST[name]}"
+        for name, value in values.items()
+        if not LEAST[name] <= value < math.inf
+    ]
+    if wrong:
+        raise ValueError("\n  ".join(wrong))
+
+
 def check_experiment(config: Experiment) -> None:
     """Refuse, before the first step, what would only fail later."""
     from cir_jax.data.text import tokenizer
@@ -89,12 +121,9 @@ def check_experiment(config: Experiment) -> None:
     from cir_jax.methods import METHODS, method_name, reranks
     from cir_jax.model import find_model
 
-    for name in ("steps", "batch_size", "log_every", "save_every", "eval_every"):
-        value = getattr(config.train, name)
-        if value < 1:
-            raise ValueError(f"train.{name} is {value}; it must be at least 1")
-    if config.train.limit < 0:
-        raise ValueError(f"train.limit is {config.train.limit}; it must be at least 0 (no limit)")
+    check_numbers(config)
+    if not config.data:
+        raise ValueError("data is empty; an experiment needs at least one training set")
     method = config.method
     words, tower = tokenizer(method.inputs.text), getattr(method, "encoder", None) or method.text
     special = METHODS[method_name(method)][1].special_rows
@@ -148,7 +177,10 @@ class Best:
 
     def __post_init__(self):
         for folder in self.kept():
-            self.score = files.read_manifest(folder, "checkpoint")["about"]["score"]
+            about = files.read_manifest(folder, "checkpoint")["about"]
+            faults = files.field_faults(about, {"score": "a finite number"}, "about")
+            files.refuse_manifest(folder, "checkpoint", faults)
+            self.score = about["score"]
 
     def kept(self) -> list[Path]:
         """Whole models of this run, oldest first; one whose removal was interrupted is none."""
@@ -363,13 +395,14 @@ def differences(a, b, path: str = "") -> list[str]:
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(Limited):
     """Train a model.
 
     CONFIG is a .py file that defines `config = Experiment(…)`, or the name of a packaged one. Every field of the
     experiment can be changed behind it (`--optim.lr 1e-4`); `CONFIG --help` lists them with their values. An
     interrupted run continues from its last checkpoint when the same command is given again. The best model of the
-    run ends up in WORKDIR/model.
+    run ends up in WORKDIR/model. With a --limit only the first rows of each training set and the first queries of
+    each benchmark take part.
     """
 
     config: tyro.conf.Positional[str]
@@ -377,8 +410,8 @@ class Arguments:
     """folder of the run: config.json, log.jsonl, checkpoints/, model/"""
 
 
-def parse(argv: list[str] | None) -> tuple[Experiment, Path]:
-    """The experiment with its overrides, and the workdir."""
+def parse(argv: list[str] | None) -> tuple[Experiment, Arguments]:
+    """The experiment with its overrides, and the arguments that are none of its fields."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0].startswith("-"):
         tyro.cli(Arguments, args=argv, prog="python -m cir_jax.train")
@@ -388,7 +421,7 @@ def parse(argv: list[str] | None) -> tuple[Experiment, Path]:
     config = load_config(argv[0], Experiment)
 
     @dataclass(frozen=True, kw_only=True)
-    class Given(Experiment[type(config.method)]):
+    class Given(Experiment[type(config.method)], Limited):
         workdir: Path
         """folder of the run: config.json, log.jsonl, checkpoints/, model/"""
 
@@ -397,12 +430,24 @@ def parse(argv: list[str] | None) -> tuple[Experiment, Path]:
     prog = f"python -m cir_jax.train {argv[0]}"
     about = f"{Arguments.__doc__}\n{Experiment.__doc__}"
     given = tyro.cli(Given, args=argv[1:], prog=prog, default=default, description=about)
-    return Experiment(**{field: getattr(given, field) for field in fields}), given.workdir
+    config = Experiment(**{field: getattr(given, field) for field in fields})
+    arguments = Arguments(argv[0], given.workdir, cache=given.cache, limit=given.limit)
+    return with_limit(config, given.limit) if given.limit else config, arguments
+
+
+def with_limit(config: Experiment, n: int) -> Experiment:
+    """The experiment on the first `n` rows of each training set and the first `n` queries of each benchmark."""
+    from cir_jax.data import limited_name
+
+    evals = tuple(limited_name(name, n) for name in config.evals)
+    return replace(config, train=replace(config.train, limit=n), evals=evals)
 
 
 def main(argv: list[str] | None = None) -> None:
-    config, workdir = parse(argv)
+    config, arguments = parse(argv)
+    workdir = arguments.workdir
     processes.join()
+    keep_compiled(arguments.cache)
     prepare_workdir(config, workdir)
     if (workdir / "model").exists():
         if processes.first():

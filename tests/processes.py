@@ -29,6 +29,8 @@ for line in sys.stdin:
     if not pid:
         os.setsid()
         os.environ.clear(); os.environ.update(asked["env"])
+        if "JAX_NUM_CPU_DEVICES" in os.environ:
+            jax.config.update("jax_num_cpu_devices", int(os.environ["JAX_NUM_CPU_DEVICES"]))
         os.chdir(asked["cwd"])
         for number, name in ((0, os.devnull), (1, asked["out"]), (2, asked["err"])):
             os.dup2(os.open(name, os.O_RDWR | os.O_CREAT, 0o600), number)

@@ -302,7 +302,7 @@ def test_a_missing_gallery_is_answered_with_what_is_understood(source, tmp_path,
 
 
 def test_faulty_locators_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="kind .zip.; known are folder, list, tar, emoji"):
+    with pytest.raises(ValueError, match=r"kind .zip.; known are folder, list, tar, emoji"):
         open_gallery({"kind": "zip"})
     with pytest.raises(ValueError, match="does not say its 'root'"):
         open_gallery({"kind": "folder"})

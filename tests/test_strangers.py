@@ -8,9 +8,11 @@ import os
 import re
 import struct
 import sys
+import tarfile
 import zlib
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -19,6 +21,7 @@ from processes import run
 import cir_jax
 from cir_jax.data import emoji
 from cir_jax.data.records import open_gallery
+from cir_jax.memory import halved_once
 from cir_jax.vectors import Vectors
 
 SIDE = 64
@@ -368,3 +371,279 @@ def test_arrays_that_are_no_picture_are_refused(picture, strange_index):
     model, index = cir_jax.load(MODEL), cir_jax.open_index(strange_index)
     with pytest.raises(ValueError, match="expected"):
         cir_jax.search(model, index, image=picture)
+
+
+# ---- configs ----
+
+CONFIG = """
+from cir_jax.config import Data, Evaluation, Experiment, Mesh, Optim, Run, Train
+from cir_jax.data.emoji import VOCABULARY
+from cir_jax.data.images import ImageSpec
+from cir_jax.data.inputs import Inputs
+from cir_jax.data.text import TextSpec
+from cir_jax.methods.clip import ClipConfig
+
+inputs = Inputs(image=ImageSpec(size=64), text=TextSpec(vocab=str(VOCABULARY), length=24))
+method = ClipConfig.tiny(inputs)
+train = Train(steps=2, batch_size=8, log_every=1, save_every=2, eval_every=2)
+config = Experiment(method=method, data=(Data("emoji-text"),), train=train)
+"""
+REPLACE = "import dataclasses\nconfig = dataclasses.replace(config, {})\n"
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ("Train(step=3, batch_size=8)", "steps"),
+        ("Optim(lrr=1e-4)", 'did you mean "lr"'),
+        ("Experiment(method=method, date=())", "data"),
+        (REPLACE.format('train=Train(steps="many", batch_size=8)'), "steps"),
+        (REPLACE.format("train=Train(steps=2.5, batch_size=8)"), "steps"),
+        (REPLACE.format("data=Data('emoji-text')"), "data"),
+        (REPLACE.format("optim=None"), "optim"),
+        (REPLACE.format("method=Optim()"), "method"),
+        (REPLACE.format("train=Train(steps=0, batch_size=8)"), "steps is 0"),
+        (REPLACE.format("train=Train(steps=2, batch_size=-8)"), "batch_size is -8"),
+        (REPLACE.format("data=()"), "data"),
+        (REPLACE.format('data=(Data("emoji-txt"),)'), "did you mean 'emoji-text'"),
+        (REPLACE.format('data=(Data("emoji-text", root="x"),)'), "built in and has no root"),
+        (REPLACE.format('data=(Data("emoji-text", variant="notto"),)'), "notto"),
+        (REPLACE.format('data=(Data("emoji-text", block=3),)'), "blocks"),
+        (REPLACE.format('data=(Data("emoji-text", weight=0),)'), "at least 1"),
+        (REPLACE.format('evals=("emoji-text/noto",)'), "emoji-text/noto"),
+        (REPLACE.format('evals=("emoji-text/noto/val",), best="recal@1"'), "recal@1"),
+        (REPLACE.format('evals=("emoji-text/noto/val",), retriever="emoji_text"'), "retriever"),
+        (REPLACE.format('init={"": "emoji_txt"}'), "emoji_txt"),
+        (REPLACE.format('init={"": "emoji_cir"}'), "does not fit"),
+        (REPLACE.format('init={"": "none.npy"}'), "none.npy"),
+        (REPLACE.format('optim=Optim(frozen=("txt/.*",))'), "txt/.*"),
+        (REPLACE.format('optim=Optim(frozen=("(",))'), "frozen"),
+        (REPLACE.format('optim=Optim(frozen=(".*",))'), "frozen"),
+        (REPLACE.format("optim=Optim(lr=float('nan'))"), "lr"),
+        (REPLACE.format("optim=Optim(warmup=-1)"), "warmup"),
+        (REPLACE.format("mesh=Mesh(fsdp=3)"), "fsdp"),
+        (REPLACE.format("mesh=Mesh(tensor=8)"), "tensor"),
+        (REPLACE.format("mesh=Mesh(fsdp=0)"), "fsdp"),
+        (REPLACE.format("train=Train(steps=2, batch_size=6)"), "use 4 or 8"),
+        ("del config", "must define `config"),
+        ("config = 5", "must define `config"),
+        ("config = Evaluation(())", "must define `config"),
+        ("1 / 0", "division by zero"),
+        ("import no_such_module", "no_such_module"),
+        ("def f(:", "line"),
+        ("raise SystemExit(3)", "the file ends the program"),
+        ("open('/none/at/all')", "/none/at/all"),
+    ],
+    ids=lambda value: value[-60:] if "\n" in value else value,
+)
+def test_configs_that_cannot_be_carried_out(more, expected, tmp_path):
+    (tmp_path / "mine.py").write_text(CONFIG + more + "\n")
+    command = ("cir_jax.train", "mine.py", "--workdir", "work")
+    assert expected in error_of(*command, cwd=tmp_path, env={"JAX_NUM_CPU_DEVICES": "4"})
+    assert not (tmp_path / "work" / "checkpoints" / "2").exists()
+
+
+@pytest.mark.parametrize(
+    ("runs", "expected"),
+    [
+        ("(Run('emoji-text/noto/val', 'emoji_txt'),)", "emoji_txt"),
+        ("(Run('emoji-text/noto/val', 'emoji_text', index='faiss'),)", "faiss"),
+        ("(Run('emoji-text/noto/val', 'emoji_text', k=0),)", "k is 0"),
+        ("(Run('emoji-text/noto/val', 'emoji_text', fusion=2),)", "fusion"),
+        ("(Run('emoji-text/noto/val', 'emoji_itm'),)", "emoji_itm"),
+        ("(Run('emoji-composed/noto/val', 'emoji_text', reranker='emoji_itm'),)", "consists of"),
+        ("(Run('nowhere', 'emoji_text'),)", "nowhere"),
+        ("()", "runs"),
+        ("Run('emoji-text/noto/val', 'emoji_text')", "runs"),
+    ],
+)
+def test_evaluations_that_cannot_be_carried_out(runs, expected, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        f"from cir_jax.config import Evaluation, Run\nconfig = Evaluation({runs})\n"
+    )
+    assert expected in error_of("cir_jax.eval", "mine.py", "--output", "out", cwd=tmp_path)
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+# ---- archives ----
+
+
+def archive(*members: tuple[str, bytes | dict]) -> bytes:
+    """A tar file with members of any kind; a dictionary changes the header of a member without contents."""
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w") as tar:
+        for name, contents in members:
+            info = tarfile.TarInfo(name)
+            if isinstance(contents, bytes):
+                info.size = len(contents)
+                tar.addfile(info, io.BytesIO(contents))
+                continue
+            for field, value in contents.items():
+                setattr(info, field, value)
+            tar.addfile(info)
+    return data.getvalue()
+
+
+WHOLE = archive(("a.png", PNG), ("b.png", PNG), ("b.txt", b"a caption"))
+SECOND = 512 + -(-len(PNG) // 512) * 512  # where the second member begins
+
+
+@pytest.mark.parametrize(
+    ("name", "contents", "expected"),
+    [
+        ("x.tar", archive(("/etc/a.png", PNG)), "'/etc/a.png' that leaves its folder"),
+        ("x.tar", archive(("a.png", PNG), ("../b.png", PNG)), "'../b.png' that leaves its folder"),
+        ("x.tar", archive(("a/../../b.png", PNG)), "leaves its folder"),
+        ("x.tar", archive(("a.png", PNG), ("A/../a.png", PNG)), "leaves its folder"),
+        ("x.tar", archive(("a.png", PNG), ("a.jpg", PNG)), "two pictures with the key 'a'"),
+        (
+            "x.tar",
+            archive(("a.png", {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"})),
+            "no pictures",
+        ),
+        (
+            "x.tar",
+            archive(("a.png", {"type": tarfile.LNKTYPE, "linkname": "b.png"})),
+            "no pictures",
+        ),
+        (
+            "x.tar",
+            archive(("a.png", {"type": tarfile.CHRTYPE, "devmajor": 1, "devminor": 5})),
+            "no pictures",
+        ),
+        ("x.tar", archive(("a.png", {"type": tarfile.FIFOTYPE})), "no pictures"),
+        ("x.tar", archive(), "no pictures"),
+        ("x.tar", WHOLE[:SECOND], "it was cut"),
+        ("x.tar", WHOLE[: SECOND + 300], "cannot be read"),
+        ("x.tar", WHOLE[: SECOND + 700], "cannot be read"),
+        ("x.tar", WHOLE[:SECOND] + b"\xff" * 512 + WHOLE[SECOND + 512 :], "cannot be read"),
+        ("x.tar", b"no archive", "cannot be read"),
+        ("x.tar", b"", "cannot be read"),
+        ("x.tar", zlib.compress(WHOLE), "cannot be read"),
+        ("x.tar.gz", WHOLE, "is compressed"),
+        ("x.zip", WHOLE, "there is no gallery"),
+        ("x-00000.tar", WHOLE, "missing tar shards"),
+    ],
+    ids=lambda value: "" if isinstance(value, bytes) else value,
+)
+def test_archives_that_cannot_be_trusted(name, contents, expected, tmp_path):
+    (tmp_path / name).write_bytes(contents)
+    asked = "x-{00000..00002}.tar" if name == "x-00000.tar" else name
+    assert expected in error_of("cir_jax.embed", MODEL, asked, "v", cwd=tmp_path)
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_a_shard_with_links_beside_pictures_gives_the_pictures(tmp_path):
+    link = {"type": tarfile.SYMTYPE, "linkname": "../../secret"}
+    (tmp_path / "x.tar").write_bytes(archive(("a.png", PNG), ("l.png", link), ("b.png", b"words")))
+    done = run("cir_jax.embed", MODEL, "x.tar", "v", cwd=tmp_path)
+    assert done.returncode == 0
+    vectors = Vectors(tmp_path / "v")
+    assert vectors.ids == ["a"] and [item["id"] for item in vectors.skipped] == ["b"]
+
+
+# ---- what commands share ----
+
+
+def test_programs_compiled_once_are_found_again_in_a_private_folder(strange_index, tmp_path):
+    folder = tmp_path / "programs"
+    command = ("cir_jax.search", strange_index, "--text", "a fox", "--cache", folder)
+    first = run(*command)
+    assert first.returncode == 0, first.stderr.decode()
+    kept = {path: path.stat().st_mtime_ns for path in folder.rglob("*-cache")}
+    assert kept and all(not path.stat().st_mode & 0o077 for path in folder.iterdir())
+    again = run(*command)
+    assert again.stdout == first.stdout
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*-cache")} == kept
+
+
+@pytest.mark.parametrize("way", ["none", "writable", "file"])
+def test_programs_are_not_kept_where_others_could_change_them(way, strange_index, tmp_path):
+    folder = {"none": "none"}.get(way, str(tmp_path / "programs"))
+    if way == "writable":
+        run("cir_jax.search", strange_index, "--text", "a fox", "--cache", folder)
+        (inner,) = Path(folder).iterdir()
+        for path in inner.iterdir():
+            path.unlink()
+        inner.chmod(0o777)
+    if way == "file":
+        Path(folder).write_text("occupied")
+    done = run("cir_jax.search", strange_index, "--text", "a fox", "--cache", folder, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr.decode()
+    assert ("compiled programs are not kept" in done.stderr.decode()) == (way != "none")
+    assert not list(tmp_path.rglob("*-cache"))
+
+
+def test_the_first_few_pictures_are_a_quick_try_that_can_be_continued(tmp_path):
+    for number in range(7):
+        place(tmp_path / "pictures", f"{number}.png", PNG)
+    command = ("cir_jax.embed", MODEL, tmp_path / "pictures", tmp_path / "v")
+    assert run(*command, "--limit", 3).returncode == 0
+    assert Vectors(tmp_path / "v").ids == ["0.png", "1.png", "2.png"]
+    assert run("cir_jax.index", tmp_path / "v", tmp_path / "i", "--limit", 2).returncode == 0
+    assert cir_jax.open_index(tmp_path / "i").ids == ["0.png", "1.png"]
+    assert run(*command).returncode == 0
+    assert Vectors(tmp_path / "v").ids == [f"{number}.png" for number in range(7)]
+
+
+@pytest.mark.parametrize("command", ["embed emoji_text emoji v", "index v i", "eval emoji"])
+def test_a_limit_below_one_is_refused(command, tmp_path):
+    done = run(*command.split(), "--limit", 0, cwd=tmp_path)
+    assert done.returncode == 2 and "must be at least 1" in done.stderr.decode()
+
+
+class Full:
+    """Stands in for a computation that needs one unit of memory for each row."""
+
+    def __init__(self, room: int):
+        self.room, self.sizes = room, []
+
+    def __call__(self, size: int) -> int:
+        self.sizes.append(size)
+        if size > self.room:
+            raise jax.errors.JaxRuntimeError(
+                "RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes."
+            )
+        return size
+
+
+@pytest.mark.parametrize(("room", "tried"), [(64, [64]), (32, [64, 32]), (40, [64, 32])])
+def test_a_batch_that_does_not_fit_is_halved_once_with_a_notice(room, tried, capsys):
+    compute = Full(room)
+    assert halved_once(compute, 64, 64, "batch size") == (tried[-1], tried[-1])
+    assert compute.sizes == tried
+    said = capsys.readouterr().err
+    assert ("batch size 64 does not fit" in said and "going on with 32" in said) == (room < 64)
+
+
+@pytest.mark.parametrize(("size", "tried"), [(64, [64, 32]), (32, [32]), (1, [1])])
+def test_a_batch_that_does_not_fit_by_half_is_named(size, tried):
+    compute = Full(0)
+    with pytest.raises(MemoryError, match=f"batch size {tried[-1]} does not fit .*smaller"):
+        halved_once(compute, size, 64, "batch size")
+    assert compute.sizes == tried
+
+
+def test_other_errors_of_the_device_are_not_taken_for_memory():
+    def compute(size):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        halved_once(compute, 64, 64, "batch size")
+
+
+@pytest.mark.parametrize("part", ["query", "item"])
+def test_halves_of_a_batch_give_the_same_vectors(part, monkeypatch, capsys):
+    model = cir_jax.load(MODEL)
+    examples = {"query": ["a fox", "a red heart in the rain", "x"] * 7, "item": [drawing()] * 21}
+    whole = model.encode(part, examples[part])
+    encode = cir_jax.Model._encode_batch
+
+    def small(self, params, part, batch, mesh):
+        if len(next(iter(batch.values()))) > 8:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+        return encode(self, params, part, batch, mesh)
+
+    monkeypatch.setattr(cir_jax.Model, "_encode_batch", small)
+    np.testing.assert_allclose(model.encode(part, examples[part], 16), whole, atol=1e-5)
+    assert "going on with 8" in capsys.readouterr().err

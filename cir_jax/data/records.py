@@ -287,10 +287,13 @@ def _headers(shard):
     try:
         with tarfile.open(shard, "r:") as archive:
             yield from archive
-            # tarfile takes a damaged header for the end; a real end is nothing or zeros.
+            # tarfile takes a damaged header and a cut for the end; a real end is a block of zeros.
             archive.fileobj.seek(archive.offset)
-            if archive.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
+            end = archive.fileobj.read(tarfile.BLOCKSIZE)
+            if end.strip(b"\0"):
                 raise tarfile.ReadError(f"damaged header at byte {archive.offset}")
+            if len(end) < tarfile.BLOCKSIZE:
+                raise tarfile.ReadError(f"it was cut at byte {archive.offset + len(end)}")
     except tarfile.TarError as error:
         raise ValueError(f"{shard} cannot be read as an uncompressed tar file: {error}") from None
 
