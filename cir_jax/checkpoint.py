@@ -84,6 +84,7 @@ def save_model(folder: str | os.PathLike, config, params, *, dtype="float32", ab
     """
     params = jax.tree.map(lambda x: np.asarray(x).astype(dtype), jax.device_get(params))
     with files.write_folder(folder) as part:
+        files.refuse_full(part, sum(x.nbytes for x in jax.tree.leaves(params)))
         sums, vocabulary = {}, config.inputs.text.vocab
         if vocabulary != "clip":
             copy = part / Path(vocabulary).name
@@ -201,20 +202,26 @@ class TrainingStates:
 
     def __init__(self, workdir: Path):
         options = ocp.CheckpointManagerOptions(max_to_keep=2, step_prefix=None)
-        self.manager = ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
+        self.folder = (workdir / "checkpoints").absolute()
+        self.manager = ocp.CheckpointManager(self.folder, options=options)
 
     def latest(self) -> int:
         """The newest complete step, 0 if there is none."""
         return self.manager.latest_step() or 0
 
     def save(self, step: int, state) -> None:
-        """Write a state in the background; an empty part (nothing frozen) is left out."""
+        """Write a state in the background; an empty part (nothing frozen) is left out.
+
+        OSError if the disk is full, of this state or of the one before, whose writing ends here.
+        """
+        files.refuse_full(self.folder, sum(x.nbytes for x in jax.tree.leaves(state)))
         items = {
             name: ocp.args.StandardSave(tree)
             for name, tree in state.items()
             if jax.tree.leaves(tree)
         }
-        self.manager.save(step, args=ocp.args.Composite(**items), force=True)
+        with files.explained(self.folder):
+            self.manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def restore(self, step: int, abstract):
         """The state of `step`, placed as the shape structs of `abstract` say."""
@@ -223,8 +230,9 @@ class TrainingStates:
         return {name: restored[name] if name in args else tree for name, tree in abstract.items()}
 
     def close(self) -> None:
-        self.manager.wait_until_finished()
-        self.manager.close()
+        with files.explained(self.folder):
+            self.manager.wait_until_finished()
+            self.manager.close()
 
 
 @contextlib.contextmanager

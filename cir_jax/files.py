@@ -8,6 +8,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import reprlib
@@ -143,6 +144,23 @@ def explained(path: str | os.PathLike, done: str = "written") -> Iterator[None]:
         again = type(OSError(code, ""))(told)
         again.errno = code
         raise again from error
+
+
+def refuse_full(folder: str | os.PathLike, size: int) -> None:
+    """OSError if `size` bytes do not fit into `folder`, before a library tries and leaves its own errors.
+
+    What may lie in one file counts too (`ulimit -f`): Orbax puts a state into few files.
+    """
+    rooms = {errno.ENOSPC: shutil.disk_usage(folder).free}
+    with contextlib.suppress(ImportError):  # not on Windows
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+        rooms[errno.EFBIG] = math.inf if limit == resource.RLIM_INFINITY else limit
+    for code, room in rooms.items():
+        if size > room:
+            with explained(folder):
+                raise OSError(code, f"{size} bytes wanted, {room} there")
 
 
 def _code(error: Exception) -> int | None:

@@ -398,17 +398,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     files.refuse_existing(command.dest)
     keep_compiled(command.cache)
-    whole, first = Vectors(command.vectors), slice(command.limit)
-    index = make_index(
-        command.kind,
-        whole.array()[first],
-        whole.ids[first],
-        whole.gallery,
-        whole.fingerprint,
-        checkpoint=whole.checkpoint,
-        recall=command.recall,
-        k=command.k,
-    )
+    vectors, tuning = Vectors(command.vectors), {"recall": command.recall, "k": command.k}
+    if command.limit:
+        first, origin = slice(command.limit), {"checkpoint": vectors.checkpoint}
+        carried = vectors.ids[first], vectors.gallery, vectors.fingerprint
+        index = make_index(command.kind, vectors.array()[first], *carried, **origin, **tuning)
+    else:
+        index = make_index(command.kind, vectors, **tuning)
     index.save(command.dest)
     line = f"wrote {command.dest}: {index.kind} index, {len(index):,} rows x {index.width}"
     print(line if index.kind == "exact" else f"{line}, {index.settings}")

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -223,3 +224,17 @@ def test_a_second_signal_ends_a_command_that_does_not_end(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", program], timeout=50)
     assert done.returncode == -signal.SIGTERM
+
+
+@pytest.mark.parametrize("room", [5_000, 300_000])
+def test_training_on_a_full_disk_ends_in_one_line_and_goes_on_when_there_is_room(room, tmp_path):
+    (tmp_path / "tiny.py").write_text(TRAIN)
+    workdir, command = tmp_path / "run", ("cir_jax.train", tmp_path / "tiny.py", "--workdir")
+    done = run(*command, workdir, limits=[(resource.RLIMIT_FSIZE, room)])
+    said = done.stderr.decode()
+    assert done.returncode == 1 and "Traceback" not in said, said
+    (line,) = (line for line in said.splitlines() if line.startswith("error: "))
+    assert "could not be written" in line and "make room" in line and str(workdir) in line
+    assert not (workdir / "model").exists()
+    again = run(*command, workdir)
+    assert again.returncode == 0 and (workdir / "model").is_dir(), again.stderr.decode()
