@@ -25,6 +25,7 @@ from cir_jax.config import Evaluation, Run, load_config, to_json
 from cir_jax.data.benchmark import Chosen
 from cir_jax.data.documents import BUILTIN, DocumentSpec
 from cir_jax.eval_parts import Outcome, Parts, digest, mark
+from cir_jax.progress import printable
 
 SHOWN = ("recall@1", "recall@5", "recall@10", "mrr")  # in the table; the rest is in results.json
 TIMED = 10  # hits of the searches that are timed, and compared between indexes
@@ -388,10 +389,11 @@ def evaluate(evaluation: Evaluation, output: Path, batch_size: int = 128) -> lis
         raise ValueError("the evaluation has no runs; give at least one Run(benchmark, retriever)")
     for run in evaluation.runs:
         check_run(run)
+    parts = Parts(output / "parts", batch_size)
     with files.explained(output):
-        output.mkdir(parents=True, exist_ok=True)
+        parts.folder.mkdir(parents=True, exist_ok=True)
     with files.lock(output), jax.default_matmul_precision("highest"):
-        return _evaluate(evaluation, output, Parts(output / "parts", batch_size))
+        return _evaluate(evaluation, output, parts)
 
 
 def check_run(run: Run) -> None:
@@ -402,7 +404,7 @@ def check_run(run: Run) -> None:
 
     benchmark = named_benchmark(run.benchmark)
     if reranks(_model(run.retriever).config):
-        raise ValueError(f"{run.retriever} re-ranks; it cannot be the retriever of a run")
+        raise ValueError(f"{run.retriever} is a re-ranker; a run needs a retriever before it")
     for stage, name in enumerate((run.retriever, run.reranker), 1):
         if name is None or not len(benchmark.queries):
             continue
@@ -461,20 +463,22 @@ def _plain(name: str) -> str:
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    """One line per row; metrics in percent with their 95 % interval, then the gain of stage 2 and the random level."""
+    """One line per row, with the model whose order it is; metrics in percent with their 95 % interval, then the gain of stage 2 and the random level."""
     from rich.console import Console
     from rich.table import Table
 
     names = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
     names = [name for name in names if name in SHOWN]
-    table = Table("benchmark", "stage", "index", "queries", "gallery", *names, box=None)
+    titles = ("benchmark", "stage", "model", "index", "queries", "gallery")
+    table = Table(*titles, *names, box=None)
     for title in ("gain R@1", "p", "random R@1", "random R@10", "ms", "index recall"):
         table.add_column(title)
     for row in rows:
         recall = f"{row['index_recall@10']:.3f}" if "index_recall@10" in row else ""
         table.add_row(
-            f"{row['benchmark']}/{row['variant']}/{row['split']}",
+            printable(f"{row['benchmark']}/{row['variant']}/{row['split']}"),
             str(row["stage"]),
+            printable(row["checkpoints"][-1]["name"]),
             row["index"],
             str(row["queries"]),
             str(row["gallery"]),
