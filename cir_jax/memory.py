@@ -29,12 +29,13 @@ def halved_once(
             raise
         if size < most or size < 2:
             raise MemoryError(
-                f"{what} {size} does not fit {_devices()}; give a smaller one"
+                f"{what} {size} does not fit {devices()}; give a smaller one"
             ) from None
-    print(f"{what} {size} does not fit {_devices()}; going on with {size // 2}", file=sys.stderr)
+    print(f"{what} {size} does not fit {devices()}; going on with {size // 2}", file=sys.stderr)
     return halved_once(compute, size // 2, most, what)
 
 
-def _devices() -> str:
+def devices() -> str:
+    """The memory that did not suffice, in words."""
     found = jax.local_devices()
     return f"the memory of {len(found)} x {found[0].device_kind}"

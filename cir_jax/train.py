@@ -288,7 +288,7 @@ def _train(config: Experiment, workdir: Path) -> Path:
             state = jax.jit(init, out_shardings=places)(jax.random.key(seed))
             state = warm_start(state, config)
         batches = training_batches(config, first)
-        with progress("training", steps, first) as advance:
+        with progress("training", steps, first) as advance, named_if_full(config):
             for number in range(first, steps):
                 state, metrics = step(
                     state, sharding.put_batch(next(batches), mesh), np.int32(number)
@@ -303,6 +303,24 @@ def _train(config: Experiment, workdir: Path) -> Path:
                         states.save(done, state)
                 advance(1)
     return best.publish()
+
+
+@contextlib.contextmanager
+def named_if_full(config: Experiment):
+    """MemoryError that says what to change, where the devices cannot hold a step."""
+    import jax
+
+    from cir_jax import memory
+
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if not memory.full(error):
+            raise
+        raise MemoryError(
+            f"a step with batch_size {config.train.batch_size} does not fit {memory.devices()}; lower "
+            "train.batch_size, set method.remat to true, or share the parameters among more devices (mesh.fsdp)"
+        ) from None
 
 
 def due(every: int, done: int, steps: int) -> bool:

@@ -207,7 +207,7 @@ def test_where_scann_is_missing_the_exact_index_serves_and_says_so(monkeypatch, 
     assert row["index"] == "exact"
     assert "exact index serves instead" in capsys.readouterr().err
     print_table([row])
-    assert re.search(r"emoji-text/noto/val\s+1\s+exact", capsys.readouterr().out)
+    assert re.search(r"emoji-text/noto/val\s+1\s+emoji_text\s+exact", capsys.readouterr().out)
 
 
 @pytest.mark.slow

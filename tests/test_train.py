@@ -405,3 +405,12 @@ def test_two_processes_train_like_one(config, finished, tmp_path):
     np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=1e-4)
     for ours, theirs in zip(parameters(tmp_path / "two"), parameters(finished)):
         np.testing.assert_allclose(ours, theirs, atol=1e-3)
+
+
+def test_a_batch_that_the_devices_cannot_hold_is_named(tiny_experiment, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes.")
+
+    monkeypatch.setattr("cir_jax.train.make_step", lambda *_: full)
+    with pytest.raises(MemoryError, match=r"batch_size 8 does not fit .*; lower train.batch_size"):
+        train(tiny_experiment, tmp_path)
