@@ -1,6 +1,7 @@
 """`python -m cir_jax.search INDEX [--text …] [--image …]`: the command; the functions are in `cir_jax.retrieval`."""
 
 import sys
+import types
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,6 +119,18 @@ def main(argv: list[str] | None = None) -> None:
         text = document if arguments.text is None else arguments.text
         search_page(arguments.html, results, index, text=text, image=arguments.image)
         print(f"pictures in {arguments.html}")
+
+
+class _Both(types.ModuleType):
+    """Importing this module binds the name `cir_jax.search`, which is also that of a function: it is both."""
+
+    def __call__(self, model, index, **query):
+        from cir_jax.retrieval import search
+
+        return search(model, index, **query)
+
+
+sys.modules[__name__].__class__ = _Both
 
 
 if __name__ == "__main__":

@@ -183,8 +183,6 @@ def test_mistakes_with_two_stages_end_in_one_clear_line(
 ):
     filled = [argument.format(re_rankers=re_rankers) for argument in arguments]
     monkeypatch.setattr(sys, "argv", ["search", str(made / "exact"), *filled])
-    # Importing the module of the command hides the function of the same name.
-    monkeypatch.setattr(cir_jax, "search", cir_jax.search)
     with pytest.raises(SystemExit) as stop:
         start("search")
     assert stop.value.code == 1
@@ -243,6 +241,13 @@ def test_mistakes_end_in_one_clear_error(made, pictures, arguments, expected, tm
     filled = [a.format(made=made, pictures=pictures) for a in arguments]
     done = run(*filled, fails=True, cwd=tmp_path)
     assert expected in done.stderr + done.stdout
+
+
+def test_the_command_does_not_hide_the_function_of_its_name(made):
+    import cir_jax.search
+
+    model, index = cir_jax.load("emoji_text"), cir_jax.open_index(made / "exact")
+    assert len(cir_jax.search(model, index, text="a fox", k=2)) == 2
 
 
 def test_vectors_of_another_model_are_refused(made):
