@@ -146,9 +146,10 @@ def test_the_table_shows_every_row(output, rows):
     lines = [line for line in output[1].splitlines() if line.startswith(" emoji-")]
     assert len(lines) == len(rows)
     for line, row in zip(lines, rows, strict=True):
-        name, stage, index = line.split()[:3]
+        name, stage, model, index = line.split()[:4]
         assert name == f"{row['benchmark']}/{row['variant']}/{row['split']}"
         assert (stage, index) == (str(row["stage"]), row["index"])
+        assert model == row["checkpoints"][-1]["name"]
         assert f" {100 * row['metrics']['recall@10']:.1f} (" in line
 
 

@@ -27,7 +27,17 @@ def losses(config, mesh, steps=4):
     return values, state
 
 
-@pytest.mark.parametrize("fsdp, tensor", [(1, 1), (4, 1), (2, 2)], ids=["data", "fsdp", "all"])
+SLOW = pytest.mark.slow  # the others cover the same code, this one the rest of the table
+
+
+@pytest.mark.parametrize(
+    "fsdp, tensor",
+    [
+        pytest.param(1, 1, id="data", marks=SLOW),
+        pytest.param(4, 1, id="fsdp", marks=SLOW),
+        pytest.param(2, 2, id="all"),
+    ],
+)
 def test_four_devices_give_the_losses_of_one(tiny_experiment, fsdp, tensor):
     one, _ = losses(tiny_experiment, sharding.make_mesh(devices=jax.devices()[:1]))
     four, state = losses(tiny_experiment, sharding.make_mesh(fsdp, tensor))

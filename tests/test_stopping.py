@@ -21,6 +21,8 @@ from cir_jax.data import emoji
 from cir_jax.vectors import Vectors, VectorWriter
 
 STOPS = {signal.SIGINT: (130, "interrupted"), signal.SIGTERM: (143, "terminated")}
+# Both signals take one way through the code; where a test takes long, the second is left to .ci/run.
+EITHER = [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
 KILLS = 10
 
 
@@ -156,7 +158,7 @@ config = Experiment(
 """
 
 
-@pytest.mark.parametrize("number", STOPS)
+@pytest.mark.parametrize("number", EITHER)
 def test_a_stopped_training_goes_on_from_its_checkpoint(number, tmp_path):
     (tmp_path / "tiny.py").write_text(TRAIN)
     workdir, command = tmp_path / "run", ("cir_jax.train", tmp_path / "tiny.py", "--workdir")
@@ -188,7 +190,7 @@ config = Evaluation(
 """
 
 
-@pytest.mark.parametrize("number", STOPS)
+@pytest.mark.parametrize("number", EITHER)
 def test_a_stopped_evaluation_keeps_its_runs_and_goes_on(number, tmp_path):
     (tmp_path / "some.py").write_text(EVAL)
     output = tmp_path / "results"
@@ -226,7 +228,7 @@ def test_a_second_signal_ends_a_command_that_does_not_end(tmp_path):
     assert done.returncode == -signal.SIGTERM
 
 
-@pytest.mark.parametrize("room", [5_000, 300_000])
+@pytest.mark.parametrize("room", [pytest.param(5_000, marks=pytest.mark.slow), 300_000])
 def test_training_on_a_full_disk_ends_in_one_line_and_goes_on_when_there_is_room(room, tmp_path):
     (tmp_path / "tiny.py").write_text(TRAIN)
     workdir, command = tmp_path / "run", ("cir_jax.train", tmp_path / "tiny.py", "--workdir")
