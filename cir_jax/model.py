@@ -17,7 +17,7 @@ from cir_jax import sharding
 from cir_jax.checkpoint import read_model
 from cir_jax.data.inputs import prepare_batch, shorten
 from cir_jax.memory import halved_once
-from cir_jax.methods import METHODS, method_name, reranks
+from cir_jax.methods import kinds, reranks
 
 PACKAGED = Path(__file__).resolve().parent / "weights"
 
@@ -63,9 +63,11 @@ class Model:
         a vector for each text and True where there is one; M is the largest number of texts.
 
         Args:
-          part: the side of the model; an item is a picture, a query may be text, a picture, or both.
+          part: the side of the model; an item is a picture (of a model of texts a text), a query may be text, a
+            picture, or both.
           examples: mappings with `image` (path, bytes, PIL picture or uint8 array `[H, W, 3]`) and/or `text`;
-            anything else in the sequence is taken as a picture (`item`) or, if a string, as a text (`query`).
+            anything else in the sequence is taken as a picture (`item`) or, if a string, as a text (`query`, and items
+            of a model of texts).
           batch_size: most rows computed at once; spread over this process's devices.
           progress: called with the number of rows done after each batch.
 
@@ -136,7 +138,7 @@ class Model:
             "text": jax.ShapeDtypeStruct((1, inputs.text.length), np.int32),
             "text_mask": jax.ShapeDtypeStruct((1, inputs.text.length), bool),
         }
-        kind = METHODS[method_name(self.config)][1].query_kinds[0] if part == "query" else {"image"}
+        kind = kinds(self.config, part)[0]
         batch = {name: x for name, x in shapes.items() if name.partition("_")[0] in kind}
         leaves = jax.tree.leaves(_encode.eval_shape(self.graph, self.params, part, batch))
         return sum(x.size * x.dtype.itemsize for x in leaves)
@@ -213,12 +215,12 @@ def as_example(part: str, value, kinds: Sequence[set[str]], model: str = "") -> 
     """A raw example as a mapping of one of the `kinds`; see `Model.encode` for what may stand in for one."""
     if isinstance(value, Mapping):
         example = {k: v for k, v in value.items() if k in ("image", "text") and v is not None}
-    elif part == "query" and isinstance(value, str):
+    elif isinstance(value, str) and (part == "query" or kinds == ({"text"},)):
         example = {"text": value}
     else:
         example = {"image": value}
-    if part == "item":
-        example = {k: v for k, v in example.items() if k == "image"}
+    if part == "item":  # a gallery may know more of an item than a model reads
+        example = {k: v for k, v in example.items() if k in set().union(*kinds)}
     if set(example) not in kinds:
         wanted = ", or ".join(" and ".join(sorted(kind)) for kind in kinds)
         found = " and ".join(sorted(example)) or "neither text nor image"
@@ -234,10 +236,9 @@ def _batches(part, examples, batch_size, model):
     Examples are read once, in order; those of another kind than the current batch start the next one.
     """
     config = model.config
-    kinds = METHODS[method_name(config)][1].query_kinds if part == "query" else ({"image"},)
     rows, waiting = [], []
     for row in range(len(examples)):
-        example = as_example(part, examples[row], kinds, model.name)
+        example = as_example(part, examples[row], kinds(config, part), model.name)
         if waiting and (len(waiting) == batch_size or waiting[0].keys() != example.keys()):
             yield rows, prepare_batch(waiting, config.inputs)
             rows, waiting = [], []

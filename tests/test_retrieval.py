@@ -15,7 +15,7 @@ from cir_jax.data import emoji
 from cir_jax.data.documents import BUILTIN, document_query
 from cir_jax.data.inputs import prepare_batch
 from cir_jax.index import ExactIndex, Hits, ScannIndex
-from cir_jax.methods import METHODS
+from cir_jax.methods import METHODS, kinds
 from cir_jax.model import Model
 from cir_jax.retrieval import Queries, as_query, rerank, retrieve, score_candidates, united
 
@@ -26,8 +26,8 @@ DOCUMENT = "A red fox lives in the forest. The fox hunts mice near the river at 
 
 def shared_kinds(retriever, reranker):
     """Kinds of query that both methods read, whose order in the tuples says which is the main one."""
-    kinds = METHODS_OF[reranker].query_kinds
-    return [kind for kind in METHODS_OF[retriever].query_kinds if kind in kinds]
+    known = METHODS_OF[reranker].query_kinds
+    return [kind for kind in METHODS_OF[retriever].query_kinds if kind in known]
 
 
 # Every retriever before every re-ranker and before itself, which re-ranks too; the kinds of index take turns.
@@ -71,7 +71,10 @@ def alone(name):
         return method.score(query, jax.tree.map(lambda x: x[:, None], item))[0, 0]
 
     def score(query, item):
-        raw = {"query": query, "item": {"image": item["image"]}}
+        raw = {
+            "query": query,
+            "item": {part: item[part] for part in kinds(model.config, "item")[0]},
+        }
         sides = {
             side: parts[side](model.params, prepare_batch([x], model.config.inputs))
             for side, x in raw.items()
