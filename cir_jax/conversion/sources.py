@@ -154,7 +154,9 @@ def open_source(path: str, part: str | None = None) -> Source:
 
 def _is_json(path: Path) -> bool:
     with open(path, "rb") as file:
-        return file.read(64).lstrip()[:1] == b"{"
+        start = file.read(64)
+    # The length that a safetensors file begins with may look like a brace, but has zeros behind it.
+    return start.lstrip()[:1] == b"{" and b"\0" not in start
 
 
 def _open_folder(folder: Path, part: str | None) -> Source:
@@ -223,15 +225,16 @@ def _open_file(path: Path, part: str | None) -> Source:
         with open(path, "rb") as opened:
             start = opened.read(64)
     try:
-        if start[:4] == ZIP:
-            return _chosen(*read_zip(file), file, part)
-        if start[:1] == PICKLE:
-            return _chosen(read_stream(file), "torch legacy", file, part)
-        if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= max(file.size, 2**32):
+        # First, because the number a safetensors file begins with may look like any of the others.
+        if start[8:9] == b"{" and not any(start[5:8]):
             records, facts = _safetensors(file)
             if part not in (None, "*"):
                 raise ValueError(f"has no part {shown(part)}: safetensors has no parts")
             return Source(Tensors(records), None, facts, "safetensors", {}, (path,))
+        if start[:4] == ZIP:
+            return _chosen(*read_zip(file), file, part)
+        if start[:1] == PICKLE:
+            return _chosen(read_stream(file), "torch legacy", file, part)
         raise ValueError(_unknown(start))
     except ValueError as error:
         raise ValueError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
