@@ -234,7 +234,7 @@ def test_safetensors_as_its_package_writes_it(put):
 @pytest.mark.parametrize("length", [0x3C, 0x50, 0x7B, 0x80, 0x8050, 0x7B7B])
 def test_a_header_whose_length_looks_like_another_format(put, length):
     """The first byte of the file is the end of a number: it may be that of JSON, a pickle or a page."""
-    text = json.dumps({"x": entry([1], 0, 4)}).encode()
+    text = json.dumps({"x": entry([1], 0, 4)}, separators=(",", ":")).encode()
     assert len(text) <= length
     same(read(put(safetensors(text.ljust(length), b"\0\0\x80?"))), {"x": np.ones(1, np.float32)})
 
@@ -491,7 +491,7 @@ def test_nested_shared_and_cyclic_structures_end_soon(put):
         "laughs": b"]q\x00" + laughs,
         "cycle": b"]q\x00h\x00a",
         "deep lists": b"]" * 100_000 + b"a" * 99_999,
-        "deep tuples": b")" + b"\x85" * 1_000_000,
+        "deep tuples": b")" + b"\x85" * 300_000,
         "long": b"N" * 3_000_000,
         "memo": b"".join(b"r" + struct.pack("<I", 2**31 + i) for i in range(9)),
         "copies": b"c_codecs\nencode\nq\x00X\x00\x00\x10\x00"
