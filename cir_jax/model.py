@@ -3,7 +3,7 @@
 import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,6 +42,7 @@ class Model:
     """What `cir_jax.load` returns.
 
     `fingerprint` identifies config, parameters and vocabulary; vectors and indexes remember it and refuse others.
+    `modules` are those of its parts, of a converted model (`cir_jax.convert`).
     """
 
     config: Any
@@ -49,6 +50,13 @@ class Model:
     params: Any
     fingerprint: str = ""
     name: str = ""
+    modules: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def identity(self) -> str:
+        """Name and fingerprints in a line."""
+        parts = ", ".join(f"{name} {mark}" for name, mark in self.modules.items())
+        return f"{self.name} {self.fingerprint}{f' ({parts})' if parts else ''}"
 
     def encode(
         self,
@@ -270,4 +278,5 @@ def lasting_name(name: str | os.PathLike) -> str:
 def load(name: str | os.PathLike) -> Model:
     """The model in a checkpoint folder, or a packaged one by its name (`"emoji_text"`)."""
     config, graph, params, manifest = read_model(find_model(name))
-    return Model(config, graph, params, manifest["fingerprint"], Path(name).name)
+    modules = manifest.get("modules", {})
+    return Model(config, graph, params, manifest["fingerprint"], Path(name).name, modules)

@@ -202,22 +202,19 @@ def plan(sources: Mapping[str, Any], options: Options) -> Plan:
             f"{len(names)} tensors, which begin with {', '.join(map(repr, sorted(names)[:3])) or 'none'}"
         )
     words, room = tokenizer(made.config.inputs.text).size, made.config.text.vocabulary
-    faults = (
-        []
-        if words == room
-        else [
+    faults = _variant_faults(made.config, options.variant)
+    if words != room:
+        faults.append(
             f"the text tower has {room:,} ids, the tokenizer gives {words:,}; give its own with --tokenizer FILE"
-        ]
-    )
-    faults += _variant_faults(made.config, options.variant)
-    refuse(faults, made.layout)
-    words = f"{made.layout}{' behind module.' if prefix else ''}"
-    return Plan(made.config, made.rules, words, IGNORED, prefix, made.notes)
+        )
+    layout = f"{made.layout}{' behind module.' if prefix else ''}"
+    return Plan(made.config, made.rules, layout, IGNORED, prefix, made.notes, tuple(faults))
 
 
 def _openai(tensors, source, options) -> Plan:
     text_prefix = "text." if "text.token_embedding.weight" in tensors else ""
-    images, said = (_object(source.config, name) for name in ("preprocess_cfg", "model_cfg"))
+    images = _object(source.config, "preprocess_cfg")
+    said = _object(source.config, "model_cfg") if "model_cfg" in (source.config or {}) else None
     sizes = ("input_resolution", "context_length", "vocab_size")
     integers = all(name in tensors or name in source.facts for name in sizes)
     layout = "OpenAI's JIT archive" if integers else "OpenAI's or open_clip's CLIP"
@@ -225,7 +222,7 @@ def _openai(tensors, source, options) -> Plan:
     activation, why = _activation(layout, integers, said, source.facts, options)
     shape = lambda name: _shape(tensors, name, layout)
     resnet = "visual.attnpool.positional_embedding" in tensors
-    vision = (_resnet if resnet else _transformer)(tensors, shape, said)
+    vision = (_resnet if resnet else _transformer)(tensors, shape, said or {})
     length, width = _two(f"{text_prefix}positional_embedding", shape)
     text = TextConfig(
         vocabulary=shape(f"{text_prefix}token_embedding.weight")[0],
@@ -244,12 +241,14 @@ def _openai(tensors, source, options) -> Plan:
     return Plan(config, openai_rules(config, text_prefix), layout, notes=(why,))
 
 
-def _activation(layout, is_jit: bool, said: Mapping, facts: Mapping, options) -> tuple[str, str]:
+def _activation(
+    layout, is_jit: bool, said: Mapping | None, facts: Mapping, options
+) -> tuple[str, str]:
     """(activation, why), from the file or the command; ValueError if nobody says it, or they disagree."""
     told = {}
     if is_jit:
         told["quick_gelu", "OpenAI's own archives"] = None
-    if said:
+    if said is not None:
         told["quick_gelu" if said.get("quick_gelu", False) else "gelu", OPEN_CLIP] = None
     noted = facts.get("activation")
     if noted in ("quick_gelu", "gelu"):

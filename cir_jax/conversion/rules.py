@@ -147,6 +147,7 @@ class Plan:
       ignored: patterns over whole source names -> why such a tensor is not needed.
       prefix: what every source name begins with before the names of the table.
       notes: lines for the printed summary.
+      faults: what is wrong already, to be told together with what the tensors lack.
     """
 
     config: Any
@@ -155,6 +156,7 @@ class Plan:
     ignored: Mapping[str, str] = field(default_factory=dict)
     prefix: str = ""
     notes: tuple[str, ...] = ()
+    faults: tuple[str, ...] = ()
 
 
 class Stripped(Mapping):
@@ -207,6 +209,7 @@ def convert(
     """
     tensors = Stripped(tensors, plan.prefix)
     ignored, faults = _name_faults(tensors, plan, shapes)
+    faults = [*plan.faults, *faults]
     faults += _tensor_faults(tensors, plan.rules, shapes, np.dtype(dtype))
     refuse(faults, plan.layout)
     params = {}
