@@ -530,9 +530,10 @@ def test_flipped_bytes_and_a_changed_file(put):
 # ---- memory ----
 
 PEAK = """
-import resource, sys
+import sys
 from cir_jax.conversion.sources import open_source
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+# Not what getrusage tells: a process begins with the peak of the one that started it.
+peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
 source = open_source(sys.argv[2])
 if sys.argv[1] == "warm":
     source.tensors["t0"]  # what the first read costs once, a tensor in hand included
@@ -546,6 +547,7 @@ print(total, (peak() - before) * 1024)
 """
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux to see the peak")
 @pytest.mark.parametrize("layout", ["torch zip", "torch legacy", "safetensors"])
 def test_one_tensor_at_a_time_in_memory(tmp_path, layout):
     """288 MB in 12 tensors: reading them all costs no more memory than reading the first."""

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import math
+import os
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -39,7 +40,7 @@ CONFIGS = ("config.json", "open_clip_config.json")
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights")
 TRAINING = ("optimizer", "optim", "scheduler", "lr_scheduler", "scaler", "rng", "amp", "epoch")
 MOST_HEADER = 16 << 20  # bytes of JSON
-MOST_VISITS = 1_000_000  # values of a file; a few shared lists can stand for billions
+MOST_VISITS = 3_000_000  # values of a file; a few shared lists can stand for billions
 MOST_DEPTH = 64
 PLAIN = (type(None), bool, int, float, str)
 TABLES = ("_parameters", "_buffers", "_modules")  # of a pickled module
@@ -123,7 +124,7 @@ class Source:
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def open_source(path: str, part: str | None = None) -> Source:
+def open_source(path: str | os.PathLike, part: str | None = None) -> Source:
     """The tensors of a file or a folder of weights.
 
     Args:
@@ -192,7 +193,8 @@ def _open_shards(index: Path, part: str | None) -> Source:
         )
     names = set(shards.values()) if all(type(x) is str for x in shards.values()) else {""}
     for name in names:
-        if not name or name in (".", "..") or set("/\\:\0") & set(name) or not name.isprintable():
+        outside = name in ("", ".", "..") or bool(set("/\\:") & set(name))
+        if outside or not name.isprintable() or len(name.encode()) > 255:
             raise ValueError(
                 f"{index.name} names the shard {shown(name)}, expected a file beside it"
             )
@@ -294,6 +296,8 @@ def _no_number(name: str) -> None:
 
 
 def _short(error: Exception) -> str:
+    if isinstance(error, UnicodeError):
+        return "no UTF-8"
     return "too deep" if isinstance(error, RecursionError) else shown(str(error))[1:-1]
 
 
