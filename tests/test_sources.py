@@ -219,6 +219,27 @@ def test_several_groups_need_a_choice(put):
         open_source(path, part="best")
 
 
+def test_what_belongs_to_training_is_never_taken_for_weights(put):
+    writer = Writer()
+    moments = {"state": {0: {"exp_avg": writer.tensor(GRID)}}, "param_groups": []}
+    path = put(
+        writer.zip(
+            {"w": writer.tensor(GRID), "opt_state": moments, "sample": {"v": writer.tensor(GRID)}}
+        )
+    )
+    source = open_source(path)
+    same(dict(source.tensors), {"w": GRID, "sample.v": GRID})
+    assert source.left_out == {"opt_state": 1}
+    writer = Writer()
+    moments = {"state": {0: {"exp_avg": writer.tensor(GRID)}}, "param_groups": []}
+    with pytest.raises(ValueError, match="holds no tensors of a model"):
+        open_source(put(writer.zip({"anything": moments, "epoch": 3})))
+    writer = Writer()
+    inner = {"state_dict": {"w": writer.tensor(GRID)}, "epoch": 3}
+    path = put(writer.zip({"best": inner, "last": {"w": writer.tensor(GRID)}}))
+    same(read(path, part="best"), {"w": GRID})
+
+
 # ---- safetensors and folders ----
 
 
@@ -500,10 +521,10 @@ def test_nested_shared_and_cyclic_structures_end_soon(put):
         + b"0h\x00h\x01\x85R" * 9,
     }
     for name, code in bombs.items():
-        begun = time.perf_counter()
+        begun = time.process_time()
         with pytest.raises(ValueError):
             open_source(put(zipped({"a/data.pkl": b"\x80\x02" + code + b"."})))
-        assert time.perf_counter() - begun < 8, name
+        assert time.process_time() - begun < 6, name
 
 
 def test_two_tensors_of_one_name(put):
