@@ -30,7 +30,7 @@ from cir_jax.conversion.pickles import (
     refused,
 )
 from cir_jax.conversion.torch_files import PICKLE, ZIP, Bytes, read_stream, read_zip
-from cir_jax.files import explained, local_path, read_json, sha256, shown
+from cir_jax.files import local_path, read_json, explained, sha256, shown
 
 # Names that a folder's weights may have, the one to prefer first, and those of its config.
 WEIGHTS = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin")
@@ -41,7 +41,7 @@ CONFIGS = ("config.json", "open_clip_config.json")
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights")
 TRAINING = {"optimizer", "optimizers", "optim", "opt", "scheduler", "scaler", "rng", "amp", "loss"}
 MOST_HEADER = 16 << 20  # bytes of JSON
-MOST_VISITS = 1_500_000  # values of a file; a few shared lists can stand for billions
+MOST_VISITS = 1_000_000  # values of a file; a few shared lists can stand for billions
 MOST_DEPTH = 64
 PLAIN = (type(None), bool, int, float, str)
 TABLES = ("_parameters", "_buffers", "_modules")  # of a pickled module
