@@ -11,12 +11,11 @@ from typing import Literal
 import tyro
 
 from cir_jax import files
-from cir_jax.commands import Common
 from cir_jax.progress import printable
 
 
 @dataclass(frozen=True)
-class Arguments(Common):
+class Arguments:
     """Convert a checkpoint of PyTorch, safetensors or Hugging Face; the numbers stay what they are.
 
     SOURCE is a file or a folder (or `hf://owner/name`), DEST a new folder. A method that is made of several files takes
