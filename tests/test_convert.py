@@ -397,6 +397,8 @@ def test_wrong_arguments_are_explained(tensors, tmp_path):
         ("vision_config", "layer_norm_eps", 1e-6, "expected one for both towers"),
         ("vision_config", "num_attention_heads", 3, "does not divide into 3 heads"),
         ("vision_config", "num_attention_heads", "many", "expected a whole number"),
+        ("text_config", "eos_token_id", [49407], "eos_token_id"),
+        ("vision_config", "hidden_act", ["gelu"], "expected quick_gelu or gelu"),
     ],
 )
 def test_a_config_that_this_clip_does_not_compute(part, field, value, message, tensors, tmp_path):
@@ -420,6 +422,24 @@ def test_open_clip_says_the_activation_in_its_own_config(tensors, tmp_path):
         assert config.activation == ("quick_gelu" if quick else "gelu")
         assert config.inputs.image.mean == (0.5, 0.5, 0.5)
         assert config.inputs.image.resize == "squash"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_narrow_types_on_disk(dtype, tensors, tmp_path):
+    source = save(tmp_path / "a.safetensors", tensors)
+    done = run(source, tmp_path / "m", "--method", "clip", "--variant", "ViT-B/32", fails=True)
+    assert "ViT-B/32 has (768, 32, 12, 224)" in done.stderr
+    convert(source, tmp_path / "model", "clip", activation="quick_gelu", dtype=dtype)
+    model = cir_jax.load(tmp_path / "model")
+    assert 1e-6 < golden_error(model) < (2e-3 if dtype == "float16" else 2e-2)
+    flat = rules.module_fingerprints(_flat(model.params))
+    assert flat == model.modules
+
+
+def _flat(params):
+    from flax import traverse_util
+
+    return traverse_util.flatten_dict(params, sep="/")
 
 
 # ---- tables and the rest ----
