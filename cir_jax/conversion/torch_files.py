@@ -26,7 +26,7 @@ from cir_jax.conversion.pickles import (
     load,
     refused,
 )
-from cir_jax.files import explained, shown
+from cir_jax.files import reported, shown
 
 MAGIC = 0x1950A86A20F9469CFC6C
 STREAM_VERSION = 1001
@@ -58,7 +58,7 @@ class Bytes:
                 f"{self.path} ends at byte {self.size}, bytes {start} to {stop} are asked"
             )
         data = np.empty(stop - start, np.uint8)
-        with explained(self.path, "read"), open(self.path, "rb") as file:
+        with reported(self.path, "read"), open(self.path, "rb") as file:
             changed = self._stamp(os.fstat(file.fileno())) != self.stamp
             file.seek(start)
             # A file object fills less than it is given only at the end of the file.
@@ -175,7 +175,7 @@ class Member:
 
 
 def _members(file: Bytes) -> dict[str, Member]:
-    with explained(file.path, "read"), open(file.path, "rb") as opened:
+    with reported(file.path, "read"), open(file.path, "rb") as opened:
         try:
             listed = zipfile.ZipFile(Window(opened, file.size, MOST_LIST)).infolist()
         # What zipfile raises for a damaged list of names is not only its own error.
@@ -226,7 +226,7 @@ def read_stream(file: Bytes) -> Any:
       ValueError: a pickle of something else, a stream that is cut; see `pickles.load`.
     """
     storages: dict[str, Storage] = {}
-    with explained(file.path, "read"), open(file.path, "rb") as opened:
+    with reported(file.path, "read"), open(file.path, "rb") as opened:
 
         def part(storage=_no_storage) -> Any:
             stop = min(file.size, opened.tell() + MOST_BYTES)
