@@ -762,7 +762,9 @@ def test_training_does_not_continue_on_a_changed_table(start, tmp_path):
         prepare_workdir(config, tmp_path / "run")
 
 
-@pytest.mark.parametrize(("wrong", "meant"), [("refrence", "reference"), ("subsets", "subset"), ("txt", "text")])
+@pytest.mark.parametrize(
+    ("wrong", "meant"), [("refrence", "reference"), ("subsets", "subset"), ("txt", "text")]
+)
 def test_columns_that_look_misspelled_are_refused(wrong, meant, colours, monkeypatch, tmp_path):
     shutil.copytree(colours / "one", tmp_path / "one")
     row = {"text": "a fox", "targets": [next(colours.glob("one/gallery/*")).name], wrong: "x"}

@@ -4,22 +4,20 @@ Needs the extra `[parity]`. Sizes are the published ones; the weights are random
 that are not those of a fresh model, so that nothing cancels.
 """
 
-import functools
-import importlib.util
-
 import jax
 import numpy as np
 import processes
 import pytest
 from flax import nnx
+from reference import library
 
 import cir_jax
 from cir_jax.encoders.layers import unit
 
-if importlib.util.find_spec("torch") is None:
-    pytest.skip("PyTorch is not installed; pip install '.[parity]'", allow_module_level=True)
-
-import torch
+try:
+    import torch
+except ImportError:  # the tests are not selected then
+    torch = None
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 ITEMS, SHOWN, TIE = 5000, 100, 5e-5
@@ -32,19 +30,8 @@ def run(*arguments):
     return done.stdout.decode()
 
 
-@functools.cache
 def libraries():
-    """`transformers` and `open_clip`; the published wheel of torchvision wants operators of a GPU build first."""
-    import transformers
-
-    if importlib.util.find_spec("open_clip") is None:
-        pytest.skip("open_clip is not installed; pip install '.[parity]'")
-    libraries.kept = torch.library.Library("torchvision", "DEF")
-    for name in ("nms", "qnms"):
-        libraries.kept.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    import open_clip
-
-    return transformers, open_clip
+    return library("transformers"), library("open_clip")
 
 
 def shaken(model, seed=0):
