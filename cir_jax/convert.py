@@ -34,6 +34,8 @@ class Arguments:
     """vocabulary file, if it is neither CLIP's nor in the source's folder"""
     activation: Literal["quick_gelu", "gelu"] | None = None
     """of a CLIP whose file does not tell it"""
+    group: str | None = None
+    """which tensors to take where a file holds several models, such as `ema`"""
     resize_first: bool = False
     """CLIP: resize pictures before they become RGB, as OpenAI's code (differs for palettes and transparency)"""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
@@ -88,6 +90,7 @@ def convert(
     variant: str | None = None,
     tokenizer: str | os.PathLike | None = None,
     activation: str | None = None,
+    group: str | None = None,
     resize_first: bool = False,
     dtype: Literal["float32", "float16", "bfloat16"] = "float32",
     parts: Mapping[str, str] | None = None,
@@ -120,7 +123,7 @@ def convert(
     if options.tokenizer and not options.tokenizer.is_file():
         raise FileNotFoundError(f"there is no vocabulary file {options.tokenizer.absolute()}")
     try:
-        opened = open_source(path)
+        opened = open_source(path, group)
         plan = module.plan({"": opened}, options)
         return _written(plan, opened, dest, dtype, came_from)
     except ValueError as error:
@@ -278,6 +281,7 @@ def main(argv: list[str] | None = None) -> None:
         variant=arguments.variant,
         tokenizer=arguments.tokenizer,
         activation=arguments.activation,
+        group=arguments.group,
         resize_first=arguments.resize_first,
         dtype=arguments.dtype,
         parts=parts,

@@ -396,7 +396,9 @@ def _wrapped(value: Any, budget: Iterator[int]) -> str | None:
         return None
     if len(groups) > 1:
         listed = ", ".join(f"{shown(key)} ({n} tensors)" for key, n in sorted(groups.items())[:8])
-        raise ValueError(f"holds several groups of tensors: {listed}; say which one, or * for all")
+        raise ValueError(
+            f"holds several groups of tensors: {listed}; say which with --group NAME (in Python part=NAME), or * for all"
+        )
     return next(iter(groups))
 
 
