@@ -139,7 +139,12 @@ class Workspace:
 
     def outcome(self, key: Any, compute: Callable[[], Outcome]) -> Outcome:
         """`compute()`, or what it gave when it was computed before an interruption."""
-        return _unpacked(self._kept(f"run-{digest(key)}.npz", lambda: _packed(compute())))
+        stored = self._kept(f"run-{digest(key)}.npz", lambda: self._packed(compute()))
+        # The parts that a run was made of go with it, whichever process made them.
+        self._used |= {
+            self.folder / name for name in json.loads(str(stored["parts"])) if self.folder
+        }
+        return _unpacked(stored)
 
     def remove(self) -> None:
         """Delete what this evaluation has kept; what another one keeps in the folder stays."""
@@ -150,6 +155,12 @@ class Workspace:
         if self.folder is not None:
             with contextlib.suppress(OSError):  # not empty
                 self.folder.rmdir()
+
+    def _packed(self, outcome: Outcome) -> dict[str, np.ndarray]:
+        rows = np.array(json.dumps([row for row, _ in outcome]))
+        parts = np.array(json.dumps(sorted(path.name for path in self._used)))
+        pairs = [(n, *each) for n, (_, arrays) in enumerate(outcome) for each in arrays.items()]
+        return {"rows": rows, "parts": parts} | {f"{n}/{name}": x for n, name, x in pairs}
 
     def _place(self, name: str) -> Path:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -184,11 +195,6 @@ def _timed(score: Score, rows: np.ndarray, first: int, advance) -> dict[str, np.
     start = time.perf_counter()
     scores = score(rows, first, advance)
     return {"scores": scores, "milliseconds": np.array(1000 * (time.perf_counter() - start))}
-
-
-def _packed(outcome: Outcome) -> dict[str, np.ndarray]:
-    arrays = {f"{n}/{name}": x for n, (_, each) in enumerate(outcome) for name, x in each.items()}
-    return {"rows": np.array(json.dumps([row for row, _ in outcome])), **arrays}
 
 
 def _unpacked(stored: Mapping[str, np.ndarray]) -> Outcome:

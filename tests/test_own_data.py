@@ -699,6 +699,7 @@ def test_evaluating_own_benchmarks_keeps_them_apart(colours, start, tmp_path, mo
     assert "two/one" in (tmp_path / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_the_readme_example(tmp_path):
     """The commands of the README as they stand: tuned on names and drawings, others are found better."""
     mark = "<!-- own data -->"
