@@ -29,11 +29,22 @@ class _Stops:
         if not self.pending or self.held:
             return
         if importing():
-            signal.signal(signal.SIGALRM, self.raise_pending)
-            signal.setitimer(signal.ITIMER_REAL, AGAIN)
+            self.look_again()
             return
         pending, self.pending = self.pending, None
         raise pending
+
+    def look_again(self):
+        signal.signal(signal.SIGALRM, self.raise_pending)
+        signal.setitimer(signal.ITIMER_REAL, AGAIN)
+
+    def unraisable(self, lost):
+        """A stop that Python has dropped, because a finalizer or a callback of the collector was running, comes again."""
+        if lost.exc_type is not None and issubclass(lost.exc_type, KeyboardInterrupt):
+            self.pending = lost.exc_type
+            self.look_again()
+        else:
+            sys.__unraisablehook__(lost)
 
 
 _stops = _Stops()
@@ -55,9 +66,11 @@ def stoppable():
     """A block that the first SIGINT or SIGTERM unwinds, as Ctrl-C does, so that temporary files are removed."""
     _stops.asked = None
     before = [signal.signal(number, _stops) for number in _Stops.NUMBERS]
+    hook, sys.unraisablehook = sys.unraisablehook, _stops.unraisable
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         for number, handler in zip(_Stops.NUMBERS, before):
             signal.signal(number, handler)
 

@@ -240,3 +240,18 @@ def test_training_on_a_full_disk_ends_in_one_line_and_goes_on_when_there_is_room
     assert not (workdir / "model").exists()
     again = run(*command, workdir)
     assert again.returncode == 0 and (workdir / "model").is_dir(), again.stderr.decode()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", STOPS)
+def test_a_stop_during_imports_is_no_crash(number, tmp_path):
+    """Libraries that are broken up while they are imported end the process with a segmentation fault, now and then."""
+    for seconds in (0.3, 0.5, 0.7, 0.9, 1.2, 1.5):
+        command = [sys.executable, "-m", "cir_jax.eval", "emoji", "--output", str(tmp_path / "r")]
+        running = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        time.sleep(seconds)
+        running.send_signal(number)
+        said = running.communicate(timeout=100)[1].decode()
+        # Before the command has begun, the signal's default action is all there is.
+        assert running.returncode in (STOPS[number][0], -number), said
+        assert "Traceback" not in said or running.returncode == -number
