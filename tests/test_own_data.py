@@ -557,6 +557,7 @@ def quickly_compiled():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+@pytest.mark.slow
 def test_training_on_own_data_lowers_the_loss(colours, start, tmp_path, quickly_compiled):
     data = [Data("pairs", root=f"{colours}/pairs.csv")]
     data += [Data("triplets", root=f"{colours}/triplets.jsonl")]

@@ -158,7 +158,8 @@ config = Experiment(
 """
 
 
-@pytest.mark.parametrize("number", EITHER)
+@pytest.mark.slow  # test_train kills a run with -9 in the fast suite
+@pytest.mark.parametrize("number", STOPS)
 def test_a_stopped_training_goes_on_from_its_checkpoint(number, tmp_path):
     (tmp_path / "tiny.py").write_text(TRAIN)
     workdir, command = tmp_path / "run", ("cir_jax.train", tmp_path / "tiny.py", "--workdir")
