@@ -14,12 +14,12 @@ import textwrap
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 from test_methods import INPUTS, drawn
 
 from cir_jax import files
 from cir_jax.checkpoint import read_model, save_model
-from cir_jax.commands import start
 from cir_jax.data.records import open_gallery
 from cir_jax.index import ExactIndex, ScannIndex, make_index, open_index
 from cir_jax.methods.clip import ClipConfig
@@ -89,15 +89,13 @@ def copy(made, tmp_path) -> Path:
 
 
 @pytest.fixture
-def fails(monkeypatch, capsys):
-    """Run a command as a user does; it must end with exit code 1 and one line, which is returned."""
+def fails():
+    """Run a command in a process of its own; it must end with exit code 1 and one line, which is returned."""
 
     def run(name, *arguments):
-        monkeypatch.setattr(sys, "argv", [f"cir_jax.{name}", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            start(name)
-        out, err = capsys.readouterr()
-        assert (end.value.code, out, err.count("\n")) == (1, "", 1), err
+        done = processes.run(name, *arguments)
+        err = done.stderr.decode()
+        assert (done.returncode, done.stdout, err.count("\n")) == (1, b"", 1), err
         return err
 
     return run
