@@ -267,6 +267,7 @@ def _split(paths: tuple[str, ...]) -> tuple[str, dict[str, str], str]:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Convert or export as the command line says, and tell what was made of what."""
     arguments = tyro.cli(Arguments, args=argv, prog="python -m cir_jax.convert")
     source, parts, dest = _split(arguments.paths)
     if arguments.export:

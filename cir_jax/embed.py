@@ -205,6 +205,7 @@ def report_skipped(writer, dest: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Embed as the command line says."""
     arguments = tyro.cli(Arguments, args=argv, prog="python -m cir_jax.embed")
     keep_compiled(arguments.cache)
     embed(

@@ -118,7 +118,7 @@ def _candidate_scores(
     for query, place in zip(*np.nonzero(rows >= 0)):
         if (query, rows[query, place]) in scored.pairs:
             missing[query, place] = -1
-    scores, milliseconds = work.scores(_key(run, work), missing, _scorer(run, items, work))
+    scores, milliseconds = work.scores(_origin(run, work), missing, _scorer(run, items, work))
     scored.milliseconds += milliseconds
     new = zip(*np.nonzero(missing >= 0))
     scored.pairs.update({(q, missing[q, place]): scores[q, place] for q, place in new})
@@ -427,11 +427,16 @@ def _evaluate(evaluation: Evaluation, output: Path, work: Workspace) -> list[dic
 
 def _key(run: Run, work: Workspace) -> list:
     """All that the outcome of a run depends on."""
+    return [to_json(run), *_origin(run, work)]
+
+
+def _origin(run: Run, work: Workspace) -> list:
+    """What the scores of a run depend on: models and data. Runs that differ only in index, k or fusion share them."""
     names = filter(None, (run.retriever, run.reranker))
     models = [work.model(name).fingerprint for name in names]
     extracts = Path(run.documents.source)
     contents = [work.content(run.benchmark), extracts.is_file() and files.sha256(extracts)]
-    return [to_json(run), models, contents]
+    return [models, contents, to_json(run.documents)]
 
 
 def _file_name(row) -> str:

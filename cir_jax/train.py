@@ -129,13 +129,13 @@ def check_numbers(config: Experiment) -> None:
         raise ValueError("\n  ".join(wrong))
 
 
-def check_experiment(config: Experiment) -> None:
-    """Refuse, before the first step, what would only fail later."""
-    from cir_jax.data import named_benchmark
+def check_experiment(config: Experiment, work: Workspace | None = None) -> None:
+    """Refuse, before the first step, what would only fail later; `work` keeps the benchmarks that are opened."""
     from cir_jax.data.text import tokenizer
     from cir_jax.methods import METHODS, method_name, reranks
     from cir_jax.model import find_model
 
+    work = work or Workspace()
     check_numbers(config)
     if not config.data:
         raise ValueError("data is empty; an experiment needs at least one training set")
@@ -149,7 +149,7 @@ def check_experiment(config: Experiment) -> None:
             f"text tower {tower.vocabulary} rows; set its vocabulary to {words.size + special}"
         )
     for name in config.evals:
-        known = named_benchmark(name).metrics
+        known = work.benchmark(name).metrics
         if config.best not in known:
             raise ValueError(f"best is {config.best!r}; {name} has {', '.join(known)}")
     if config.evals and reranks(config.method) != bool(config.retriever):
@@ -274,9 +274,8 @@ def train(config: Experiment, workdir: Path) -> Path:
     with files.reported(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
     with files.lock(workdir) if processes.first() else contextlib.nullcontext():
-        for leftover in workdir.glob(
-            f"{files.TEMPORARY}*"
-        ):  # of a run that was killed while it wrote
+        # What a run left that was killed while it wrote.
+        for leftover in workdir.glob(f"{files.TEMPORARY}*"):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         prepare_workdir(config, workdir)  # once more, now that nobody else writes
         return _train(config, workdir)
@@ -289,7 +288,8 @@ def _train(config: Experiment, workdir: Path) -> Path:
     from cir_jax import checkpoint, optim, sharding
     from cir_jax.warm_start import warm_start
 
-    check_experiment(config)
+    work = Workspace()
+    check_experiment(config, work)
     steps, seed = config.train.steps, config.train.seed
     mesh = sharding.make_mesh(config.mesh.fsdp, config.mesh.tensor)
     check_batch(config, mesh)
@@ -303,7 +303,7 @@ def _train(config: Experiment, workdir: Path) -> Path:
         donate_argnums=0,
         out_shardings=(places, sharding.replicated(mesh)),
     )
-    best = Best(config, graph, workdir)
+    best = Best(config, graph, workdir, work=work)
     with checkpoint.training_states(workdir) as states:
         first = states.latest()
         log = Log(workdir / "log.jsonl", config.train.batch_size, first)
@@ -523,6 +523,7 @@ def with_limit(config: Experiment, n: int) -> Experiment:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Train as the command line says, alone or as one of several processes."""
     config, arguments = parse(argv)
     workdir = arguments.workdir
     processes.join()

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -23,7 +24,11 @@ from cir_jax.vectors import Vectors, VectorWriter
 
 SHARD = 8192  # items whose vectors an interruption can lose
 SCORED = 1024  # queries whose candidate scores an interruption can lose
-HELD = 4  # of each kind of thing in memory
+HELD = {
+    "vectors": 4,
+    "scored": 4,
+    "candidates": 4,
+}  # of the large kinds of things in memory; 8 of others
 
 # (candidate rows [n, K] of some queries, place of the first of them, called with the number done) -> scores [n, K]
 Score = Callable[[np.ndarray, int, Callable[[int], None]], np.ndarray]
@@ -84,7 +89,7 @@ class Workspace:
         if key not in held:
             held[key] = make()
         held.move_to_end(key)
-        while len(held) > HELD:
+        while len(held) > HELD.get(kind, 8):
             held.popitem(last=False)
         return held[key]
 
@@ -140,16 +145,15 @@ class Workspace:
     def outcome(self, key: Any, compute: Callable[[], Outcome]) -> Outcome:
         """`compute()`, or what it gave when it was computed before an interruption."""
         stored = self._kept(f"run-{digest(key)}.npz", lambda: self._packed(compute()))
-        # The parts that a run was made of go with it, whichever process made them.
-        self._used |= {
-            self.folder / name for name in json.loads(str(stored["parts"])) if self.folder
-        }
+        if self.folder is not None:
+            # The parts that a run was made of go with it, whichever process made them. Only what lies in the folder:
+            # a name from a file must not lead a deletion out of it.
+            named = json.loads(str(stored["parts"]))
+            self._used |= {path for path in self.folder.iterdir() if path.name in named}
         return _unpacked(stored)
 
     def remove(self) -> None:
         """Delete what this evaluation has kept; what another one keeps in the folder stays."""
-        import shutil
-
         for path in self._used:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         if self.folder is not None:

@@ -19,6 +19,7 @@ from processes import run
 from cir_jax import files
 from cir_jax.data import emoji
 from cir_jax.vectors import Vectors, VectorWriter
+from cir_jax.workspace import Workspace, digest
 
 STOPS = {signal.SIGINT: (130, "interrupted"), signal.SIGTERM: (143, "terminated")}
 # Both signals take one way through the code; where a test takes long, the second is left to .ci/run.
@@ -256,3 +257,16 @@ def test_a_stop_during_imports_is_no_crash(number, tmp_path):
         # Before the command has begun, the signal's default action is all there is.
         assert running.returncode in (STOPS[number][0], -number), said
         assert "Traceback" not in said or running.returncode == -number
+
+
+def test_names_in_a_part_lead_no_deletion_out_of_the_folder(tmp_path):
+    folder, outside = tmp_path / "results" / "parts", tmp_path / "results" / "kept"
+    folder.mkdir(parents=True)
+    outside.write_text("mine")
+    names = np.array(json.dumps(["..", "../kept", str(outside), "items-1"]))
+    np.savez(folder / f"run-{digest('key')}.npz", rows=np.array("[]"), parts=names)
+    (folder / "items-1").mkdir()
+    work = Workspace(folder)
+    assert work.outcome("key", lambda: pytest.fail("computed again")) == []
+    work.remove()
+    assert outside.read_text() == "mine" and not folder.exists()
