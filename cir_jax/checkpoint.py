@@ -137,7 +137,8 @@ def save_model(
             copy = part / Path(vocabulary).name
             shutil.copyfile(vocabulary, copy)
             sums[copy.name] = files.sha256(copy)
-        with _sparing() as checkpointer:
+        # Orbax's threads complain at length about an event loop that a signal has closed under them.
+        with unstopped(), _sparing() as checkpointer:
             checkpointer.save((part / "params").absolute(), ocp.args.PyTreeSave(params))
         sums |= {
             str(path.relative_to(part)): files.sha256(path)
@@ -235,7 +236,7 @@ def _restore(folder: Path, shapes, dtype):
     place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=place), shapes)
     try:
-        with _alone() as checkpointer:
+        with unstopped(), _alone() as checkpointer:
             params = checkpointer.restore((folder / "params").absolute(), target)
     except Exception as error:  # Orbax and TensorStore raise many kinds, with pages of text
         reason = " ".join(str(error).split())[:300]
@@ -274,7 +275,8 @@ class TrainingStates:
     def restore(self, step: int, abstract):
         """The state of `step`, placed as the shape structs of `abstract` say."""
         args = {n: ocp.args.StandardRestore(t) for n, t in abstract.items() if jax.tree.leaves(t)}
-        restored = self.manager.restore(step, args=ocp.args.Composite(**args))
+        with unstopped():
+            restored = self.manager.restore(step, args=ocp.args.Composite(**args))
         return {name: restored[name] if name in args else tree for name, tree in abstract.items()}
 
     def close(self) -> None:

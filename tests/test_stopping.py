@@ -270,3 +270,34 @@ def test_names_in_a_part_lead_no_deletion_out_of_the_folder(tmp_path):
     assert work.outcome("key", lambda: pytest.fail("computed again")) == []
     work.remove()
     assert outside.read_text() == "mine" and not folder.exists()
+
+
+READING = """
+import os, signal, sys, types
+from cir_jax.commands import start
+
+def shipped():
+    import cir_jax, orbax.checkpoint as ocp
+    restore = ocp.StandardCheckpointer.restore
+
+    def stopped(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        restored = restore(*args)
+        print("read", flush=True)
+        return restored
+
+    ocp.StandardCheckpointer.restore = stopped
+    cir_jax.load("emoji_text")
+    print("loaded")
+
+sys.modules["cir_jax.embed"] = types.SimpleNamespace(main=shipped)
+start("embed")
+"""
+
+
+def test_a_stop_waits_until_a_checkpoint_is_read():
+    """Orbax's threads would print tracebacks of an event loop that is closed, now and then."""
+    done = subprocess.run([sys.executable, "-c", READING], capture_output=True, timeout=100)
+    assert done.stdout.split() == [b"read"], done.stderr.decode()
+    assert done.returncode == 130
+    assert done.stderr.decode().splitlines() == ["interrupted; finished parts are kept"]
