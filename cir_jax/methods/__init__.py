@@ -9,6 +9,7 @@ from cir_jax.methods.blip_itm import BlipItm, BlipItmConfig
 from cir_jax.methods.blip_rerank import BlipRerank, BlipRerankConfig
 from cir_jax.methods.cfir import Cfir, CfirConfig
 from cir_jax.methods.clip import Clip, ClipConfig
+from cir_jax.methods.maria import Maria, MariaConfig
 
 Batch = dict[str, dict[str, jax.Array]]
 Tree = Any
@@ -56,6 +57,7 @@ class Reranker(Protocol):
 METHODS = {
     "clip": (ClipConfig, Clip),
     "cfir": (CfirConfig, Cfir),
+    "maria": (MariaConfig, Maria),
     "blip_cir": (BlipCirConfig, BlipCir),
     "blip_rerank": (BlipRerankConfig, BlipRerank),
     "blip_itm": (BlipItmConfig, BlipItm),
