@@ -1,7 +1,7 @@
 """ResNeXt (Xie et al. 2017, arXiv 1611.05431) as torchvision builds it, and with other numbers its ResNets.
 
-The stride of a stage sits on the grouped 3x3 convolution of its first block. Batch norm is frozen as in airsplay's
-Vokenization: mean, variance, scale and bias are given numbers, which training never changes.
+The stride of a stage sits on the grouped 3x3 convolution of its first block. Batch norm is frozen, as it is wherever a
+backbone is given and not trained.
 """
 
 from dataclasses import dataclass
@@ -10,10 +10,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from cir_jax.encoders.layers import Dtype, normal, run, stack
+from cir_jax.encoders.layers import Dtype, run, stack
+from cir_jax.encoders.resnet import EXPANSION, Convolution
 
-EPSILON = 1e-5
-EXPANSION = 4
 STAGES = ("stage1", "stage2", "stage3", "stage4")
 
 
@@ -42,49 +41,6 @@ class ResnextConfig:
 RESNEXT_101 = ResnextConfig()
 RESNEXT_50 = ResnextConfig(layers=(3, 4, 6, 3), group_width=4)
 RESNET_101 = ResnextConfig(groups=1, group_width=64)
-
-
-class FrozenNorm(nnx.Module):
-    """Batch norm over the last axis from four given vectors."""
-
-    def __init__(self, width: int):
-        self.scale, self.bias = nnx.Param(jnp.ones(width)), nnx.Param(jnp.zeros(width))
-        self.mean, self.variance = nnx.Param(jnp.zeros(width)), nnx.Param(jnp.ones(width))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """One multiplication and one addition for each number of x."""
-        held = (self.scale[...], self.bias[...], self.mean[...], self.variance[...])
-        scale, bias, mean, variance = jax.lax.stop_gradient(held)
-        factor = scale * jax.lax.rsqrt(variance + EPSILON)
-        return x * factor + (bias - mean * factor)
-
-
-class Convolution(nnx.Module):
-    """A square convolution without bias, padded by half its side, and its frozen norm."""
-
-    def __init__(self, inputs, outputs, side, *, stride=1, groups=1, dtype: Dtype, rngs):
-        # original: torchvision, He's initialisation by the number of outputs
-        std = (2 / (side**2 * outputs)) ** 0.5
-        self.kernel = normal(rngs, (side, side, inputs // groups, outputs), std)
-        self.norm = FrozenNorm(outputs)
-        self.stride, self.groups, self.dtype = stride, groups, dtype
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """`[B, H, W, inputs]` -> `[B, ceil(H / stride), ceil(W / stride), outputs]`."""
-        # Padding in numbers: at a stride "SAME" would put less of it in front.
-        edge = self.kernel.shape[0] // 2
-        wide = jnp.promote_types(x.dtype, self.kernel[...].dtype)
-        narrow = jnp.bfloat16 if self.dtype == "bfloat16" else wide
-        y = jax.lax.conv_general_dilated(
-            x.astype(narrow),
-            self.kernel[...].astype(narrow),
-            window_strides=(self.stride,) * 2,
-            padding=((edge, edge),) * 2,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            feature_group_count=self.groups,
-            preferred_element_type=wide,
-        )
-        return self.norm(y)
 
 
 class Bottleneck(nnx.Module):
