@@ -239,6 +239,8 @@ def load(stream: Any, size: int, storage: Callable[[tuple], Any]) -> Any:
 def _argument(opcode: Any, stream: Any) -> Any:
     try:
         return opcode.arg.reader(stream)
+    except UnicodeError:
+        raise damaged(f"its pickle has bytes that are no text in {opcode.name}") from None
     except (ValueError, OverflowError) as error:
         raise damaged(f"its pickle breaks off in {opcode.name} ({error})") from None
 
@@ -254,8 +256,8 @@ def _unknown(code: bytes) -> ValueError:
 
 def _typed(value: Any, *types: type) -> Any:
     if types and type(value) not in types:
-        wanted = " or ".join(kind.__name__ for kind in types)
-        raise damaged(f"its pickle has a {type(value).__name__} where a {wanted} should be")
+        found, *wanted = (kind.__name__.removesuffix("Type") for kind in (type(value), *types))
+        raise damaged(f"its pickle has a {found} where a {' or '.join(wanted)} should be")
     return value
 
 

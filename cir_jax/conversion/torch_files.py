@@ -181,10 +181,11 @@ def _members(file: Bytes) -> dict[str, Member]:
         except Exception as error:
             if isinstance(error, OSError) and error.errno:
                 raise
-            raise damaged(f"its list of archive members cannot be read ({error})") from None
+            why = error if isinstance(error, zipfile.BadZipFile) else "it is damaged"
+            raise damaged(f"its list of archive members cannot be read ({why})") from None
         if len(listed) > MOST_MEMBERS:
             raise refused(f"it has {len(listed)} members, expected up to {MOST_MEMBERS}")
-        members = [_member(file, opened, info) for info in listed if not info.is_dir()]
+        members = [_member(file, opened, info) for info in listed if info.filename[-1:] != "/"]
     members.sort(key=lambda member: member.start)
     for before, after in itertools.pairwise(members):
         if after.start < before.start + before.size:
@@ -200,7 +201,7 @@ def _member(file: Bytes, opened: Any, info: zipfile.ZipInfo) -> Member:
     path = PurePosixPath(info.filename)
     if path.is_absolute() or ".." in path.parts or set("\\:\0") & set(info.orig_filename):
         raise damaged(f"the member {name} leads out of the archive")
-    opened.seek(info.header_offset)
+    opened.seek(min(max(0, info.header_offset), file.size))
     header = opened.read(30)
     if header[:4] != ZIP or len(header) < 30:
         raise damaged(f"the member {name} is not where the archive says")
