@@ -28,7 +28,7 @@ class Arguments(Common):
     paths: tyro.conf.Positional[tuple[str, ...]]
     """SOURCE [part=SOURCE …] DEST, or with --export CHECKPOINT DEST.safetensors"""
     method: str | None = None
-    """what the checkpoint is: clip, bert"""
+    """what the checkpoint is: clip, bert, cfir (BEiT-3), maria"""
     variant: str | None = None
     """published name of the model, where the file does not tell all: ViT-B/32, ViT-B-32-quickgelu; of a BERT mean or cls"""
     tokenizer: Path | None = None
@@ -66,9 +66,9 @@ class Converted:
 
 
 def _modules() -> dict:
-    from cir_jax.conversion import bert, clip
+    from cir_jax.conversion import beit3, bert, clip, maria
 
-    return {"clip": clip, "bert": bert}
+    return {"clip": clip, "bert": bert, "cfir": beit3, "maria": maria}
 
 
 def _module(method: str | None):

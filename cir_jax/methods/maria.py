@@ -203,6 +203,6 @@ def legacy_batch_recall(queries: jax.Array, items: jax.Array, mask: jax.Array, k
     if not 1 <= k < len(items):
         raise ValueError(f"k is {k}; a batch of {len(items)} allows 1 to {len(items) - 1}")
     scores = jnp.einsum("bld,id->bli", queries, items)
-    right = jnp.einsum("bld,bd->bl", queries, items)
+    right = jnp.diagonal(scores, axis1=0, axis2=2).T
     threshold = jnp.sort(scores, axis=2)[:, :, -k - 1]
     return (mask & (right >= threshold)).sum() / mask.sum()
