@@ -79,6 +79,14 @@ ENHANCED = (
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Many small programs run once each here: compiling them costs more than running them."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def count(tree) -> int:
     """How many numbers a tree of arrays holds."""
     return sum(x.size for x in jax.tree.leaves(tree))
