@@ -268,7 +268,7 @@ class TrainingStates:
             for name, tree in state.items()
             if jax.tree.leaves(tree)
         }
-        with files.explained(self.folder):
+        with files.reported(self.folder):
             self.manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def restore(self, step: int, abstract):
@@ -278,7 +278,7 @@ class TrainingStates:
         return {name: restored[name] if name in args else tree for name, tree in abstract.items()}
 
     def close(self) -> None:
-        with files.explained(self.folder):
+        with files.reported(self.folder):
             self.manager.wait_until_finished()
             self.manager.close()
 

@@ -202,6 +202,8 @@ class Run:
     documents: DocumentSpec = BUILTIN
 
     def __post_init__(self):
+        if self.fusion is not None and self.reranker is None:
+            raise ValueError(f"fusion is {self.fusion} without a reranker; it weighs two stages")
         if self.k < 1 or not 0 <= (self.fusion or 0) <= 1:
             raise ValueError(
                 f"k is {self.k} and fusion {self.fusion}; expected k from 1 on and fusion None or from 0 to 1"
@@ -248,7 +250,7 @@ def load_config(name: str, kind: type):
     ValueError, with the line where there is one, whatever is wrong with the file.
     """
     path = find_config(name)
-    with files.explained(path, "read"):
+    with files.reported(path, "read"):
         path.read_bytes()
     try:
         config = runpy.run_path(str(path)).get("config")

@@ -18,9 +18,9 @@ from cir_jax.config import (
     packaged_configs,
     to_json,
 )
+from cir_jax.data import named_benchmark
 from cir_jax.data.inputs import Inputs
 from cir_jax.data.text import tokenizer
-from cir_jax.eval import named_benchmark
 from cir_jax.methods import method_name
 from cir_jax.methods.clip import ClipConfig
 from cir_jax.model import find_model

@@ -5,6 +5,7 @@ Every format runs in a process of its own, whose memory the operating system lim
 is imported, compiled, executed or started after the first file. The changes follow from the number of the file alone.
 """
 
+import copy
 import json
 import os
 import pickle
@@ -171,7 +172,8 @@ def _replace(tree, rng):
         if type(tree) is dict and rng.random() < 0.3:
             tree[rng.choice(["", "x", "dtype", "__metadata__", "a\n"])] = tree.pop(key)
         else:
-            tree[key] = rng.choice([*VALUES, "../1.bin", "/etc/passwd", "1.bin", "gone"])
+            value = rng.choice([*VALUES, "../1.bin", "/etc/passwd", "1.bin", "gone"])
+            tree[key] = copy.deepcopy(value)
         return
 
 

@@ -7,6 +7,7 @@ import sys
 import ml_dtypes
 import numpy as np
 import pytest
+from reference import library
 
 from cir_jax.conversion.sources import open_source
 
@@ -223,7 +224,8 @@ def test_files_of_safetensors(tmp_path):
 @pytest.mark.parametrize("size", ["1GB", "20KB"])
 def test_folders_of_transformers(tmp_path, size):
     """One file, and shards with their index."""
-    from transformers import CLIPConfig, CLIPModel
+    transformers = library("transformers")
+    CLIPConfig, CLIPModel = transformers.CLIPConfig, transformers.CLIPModel
 
     small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     small["num_attention_heads"] = 2

@@ -513,7 +513,7 @@ def test_nested_shared_and_cyclic_structures_end_soon(put):
         "cycle": b"]q\x00h\x00a",
         "deep lists": b"]" * 100_000 + b"a" * 99_999,
         "deep tuples": b")" + b"\x85" * 300_000,
-        "long": b"N" * 3_000_000,
+        "long": b"N" * 1_100_000,
         "memo": b"".join(b"r" + struct.pack("<I", 2**31 + i) for i in range(9)),
         "copies": b"c_codecs\nencode\nq\x00X\x00\x00\x10\x00"
         + b"a" * (1 << 20)

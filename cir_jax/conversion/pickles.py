@@ -23,7 +23,7 @@ import numpy as np
 from cir_jax.files import shown
 
 MOST_BYTES = 64 << 20  # of one pickle, without the tensors
-MOST_STEPS = 2_000_000  # instructions and copied items; a model of 1,353 tensors takes about 60,000
+MOST_STEPS = 1_000_000  # instructions and copied items; a model of 1,353 tensors takes about 60,000
 MOST_AXES = 32
 MOST = 2**48  # of a size, a stride or an offset
 SAVE_AGAIN = "where the file was made, save the tensors alone: torch.save(model.state_dict(), ...) or safetensors"
@@ -321,7 +321,7 @@ def _build(machine: Machine, _: None) -> None:
     elif type(target) is Array:
         _build_array(target, _typed(state, tuple))
     elif type(target) is not dict:  # of an OrderedDict: `_metadata`, version numbers of modules
-        raise refused(f"the file sets the state of a {type(target).__name__}")
+        raise refused(f"the file sets the state of a {type(target).__name__.removesuffix('Type')}")
 
 
 def _build_dtype(target: Dtype, state: tuple) -> None:

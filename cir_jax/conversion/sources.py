@@ -30,7 +30,7 @@ from cir_jax.conversion.pickles import (
     refused,
 )
 from cir_jax.conversion.torch_files import PICKLE, ZIP, Bytes, read_stream, read_zip
-from cir_jax.files import explained, local_path, read_json, sha256, shown
+from cir_jax.files import local_path, read_json, reported, sha256, shown
 
 # Names that a folder's weights may have, the one to prefer first, and those of its config.
 WEIGHTS = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin")
@@ -41,7 +41,7 @@ CONFIGS = ("config.json", "open_clip_config.json")
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights")
 TRAINING = {"optimizer", "optimizers", "optim", "opt", "scheduler", "scaler", "rng", "amp", "loss"}
 MOST_HEADER = 16 << 20  # bytes of JSON
-MOST_VISITS = 1_500_000  # values of a file; a few shared lists can stand for billions
+MOST_VISITS = 1_000_000  # values of a file; a few shared lists can stand for billions
 MOST_DEPTH = 64
 PLAIN = (type(None), bool, int, float, str)
 TABLES = ("_parameters", "_buffers", "_modules")  # of a pickled module
@@ -138,7 +138,7 @@ def open_source(path: str | os.PathLike, part: str | None = None) -> Source:
         of the file that is at fault.
     """
     path = local_path(path)
-    with explained(path, "read"):
+    with reported(path, "read"):
         mode = path.stat().st_mode
     try:
         if stat.S_ISDIR(mode):
@@ -156,7 +156,7 @@ def open_source(path: str | os.PathLike, part: str | None = None) -> Source:
 
 
 def _is_json(path: Path) -> bool:
-    with explained(path, "read"), open(path, "rb") as file:
+    with reported(path, "read"), open(path, "rb") as file:
         start = file.read(64)
     # The length that a safetensors file begins with may look like a brace, but has zeros behind it.
     return start.lstrip()[:1] == b"{" and b"\0" not in start
@@ -224,7 +224,7 @@ def _open_shards(index: Path, part: str | None) -> Source:
 
 def _open_file(path: Path, part: str | None) -> Source:
     """One file of any format; a ValueError begins with its path."""
-    with explained(path, "read"):
+    with reported(path, "read"):
         file = Bytes(path)
         with open(path, "rb") as opened:
             start = opened.read(64)
@@ -396,7 +396,9 @@ def _wrapped(value: Any, budget: Iterator[int]) -> str | None:
         return None
     if len(groups) > 1:
         listed = ", ".join(f"{shown(key)} ({n} tensors)" for key, n in sorted(groups.items())[:8])
-        raise ValueError(f"holds several groups of tensors: {listed}; say which one, or * for all")
+        raise ValueError(
+            f"holds several groups of tensors: {listed}; say which with --group NAME (in Python part=NAME), or * for all"
+        )
     return next(iter(groups))
 
 
