@@ -535,10 +535,10 @@ SMALL = {
 }
 
 
-def small_source(folder, prefix="", token=False):
+def small_source(folder, prefix="", token=False, text_layers=2):
     from golden_convert import save
 
-    sizes = {"hidden": (24,) if token else (24, 24), "embed": 16, "text_layers": 2}
+    sizes = {"hidden": (24,) if token else (24, 24), "embed": 16, "text_layers": text_layers}
     tensors = golden.filled(golden.shapes(**SMALL, **sizes, token=token))
     extra = {f"{table.IMAGE}bn1.num_batches_tracked": np.zeros((), np.int64)}
     extra |= {f"{table.TEXT}embeddings.position_ids": np.arange(80)[None]}
@@ -579,6 +579,14 @@ def test_a_checkpoint_there_and_back(token, tmp_path):
     back = load_file(tmp_path / "back.safetensors")
     assert {n for n in tensors if ".pooler." not in n} == set(back)
     assert all(np.array_equal(back[name], tensors[name]) for name in back)
+
+
+def test_a_head_over_one_layer_asks_which(tmp_path):
+    source, _, vocabulary = small_source(tmp_path, text_layers=1)
+    with pytest.raises(ValueError, match=r"reads one layer of BERT.*add --variant last"):
+        convert(source, tmp_path / "model", "maria", tokenizer=vocabulary)
+    convert(source, tmp_path / "model", "maria", tokenizer=vocabulary, variant="last")
+    assert cir_jax.load(tmp_path / "model").config.text_layers == 1
 
 
 def test_what_maria_cannot_be_made_of(tmp_path):

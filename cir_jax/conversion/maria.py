@@ -121,6 +121,12 @@ def _config(tensors, level: str, layout: str, said: Mapping, options: Options) -
         raise ValueError(
             f"the text head reads {read} numbers, which are no whole states of {text.width}"
         )
+    if read == text.width and options.variant != "last":
+        # original: --lang-layers is negated, so that its default "-1" reads the first layer and "1" the last
+        raise ValueError(
+            "the text head reads one layer of BERT, and the file does not tell which: add --variant last if it was "
+            'trained with --lang-layers 1; with the default, "-1", it reads the first, which this model cannot do'
+        )
     published = maria if level == "sentence" else vokenization
     return replace(
         published(str(_vocabulary(text, options))),
