@@ -122,6 +122,16 @@ def batch(dtype=np.float32):
     return {"query": {"text": IDS, "text_mask": MASK}, "item": {"image": pictures(dtype)}}
 
 
+@jax.jit
+def queried(model, query):
+    return model.query(query)
+
+
+@jax.jit
+def itemed(model, item):
+    return model.item(item)
+
+
 @pytest.fixture(params=["float64", "float32"])
 def precision(request):
     """(dtype, tolerance): 1e-6 of the printed digits in x64 mode, the design's 1e-5 in float32."""
@@ -172,12 +182,12 @@ def test_joint_states(precision):
 def test_features_cosines_and_loss(precision):
     dtype, tolerance = precision
     model, both = golden_cfir(dtype), batch(dtype)
-    images, texts = model.item(both["item"]), model.query(both["query"])
+    images, texts = itemed(model, both["item"]), queried(model, both["query"])
     for row in (0, 1):
         check(images[row], IMAGE[row], tolerance)
         check(texts[row], TEXT[row], tolerance)
     check(images @ texts.T, COSINES, tolerance)
-    loss, metrics = model.loss(both, jax.random.key(0))
+    loss, metrics = jax.jit(lambda m, x: m.loss(x, jax.random.key(0)))(model, both)
     check(loss, LOSS, tolerance)
     check(metrics["scale"], np.exp(2.0), tolerance)
 
@@ -188,31 +198,31 @@ def test_adapters(precision, towers):
     adapter = AdapterConfig(towers, width=4)
     model = golden_cfir(dtype, dataclasses.replace(TINY, adapter=adapter))
     image, text = ADAPTED[towers]
-    check(model.item(batch(dtype)["item"])[0], image, tolerance)
-    check(model.query(batch(dtype)["query"])[0], text, tolerance)
+    check(itemed(model, batch(dtype)["item"])[0], image, tolerance)
+    check(queried(model, batch(dtype)["query"])[0], text, tolerance)
 
 
 def test_enhancer(precision):
     dtype, tolerance = precision
     model = golden_cfir(dtype, dataclasses.replace(TINY, enhancer=128))
     image, text = ENHANCED
-    check(model.item(batch(dtype)["item"])[0], image, tolerance)
-    check(model.query(batch(dtype)["query"])[0], text, tolerance)
+    check(itemed(model, batch(dtype)["item"])[0], image, tolerance)
+    check(queried(model, batch(dtype)["query"])[0], text, tolerance)
 
 
 def test_each_usual_mistake_is_noticed():
     with jax.enable_x64(True):
-        right = golden_cfir(np.float64).query(batch()["query"])
+        right = queried(golden_cfir(np.float64), batch()["query"])
         wrong = {}
         model = golden_cfir(np.float64)
         positions = model.text.expert.positions
         positions[...] = jnp.roll(positions[...], 2, axis=0)
-        wrong["positions from 0"] = model.query(batch()["query"])
+        wrong["positions from 0"] = queried(model, batch()["query"])
         blind = {"text": IDS, "text_mask": np.ones_like(MASK)}
-        wrong["no mask"] = golden_cfir(np.float64).query(blind)
+        wrong["no mask"] = queried(golden_cfir(np.float64), blind)
         model = golden_cfir(np.float64)
         model.text.expert.blocks.mlp.ln.epsilon = 1e-6
-        wrong["epsilon"] = model.query(batch()["query"])
+        wrong["epsilon"] = queried(model, batch()["query"])
         apart = {name: float(np.abs(vectors - right).max()) for name, vectors in wrong.items()}
     assert apart["positions from 0"] > 0.5
     assert apart["no mask"] > 0.5
@@ -230,7 +240,8 @@ def test_first_position_alone_equals_all_states():
 def test_length_of_the_padding_does_not_change_a_text():
     model = golden_cfir()
     longer = {"text": np.pad(IDS, ((0, 0), (0, 4))), "text_mask": np.pad(MASK, ((0, 0), (0, 4)))}
-    np.testing.assert_allclose(model.query(longer), model.query(batch()["query"]), atol=1e-6)
+    short = queried(model, batch()["query"])
+    np.testing.assert_allclose(queried(model, longer), short, atol=1e-6)
 
 
 def test_hidden_patches_become_the_mask_token():
@@ -329,7 +340,8 @@ def test_bfloat16_products_keep_the_direction():
         abstract_params(config_of(dtype="bfloat16"))[0], nnx.to_pure_dict(nnx.state(rough))
     )
     for part in ("query", "item"):
-        x, y = (getattr(model, part)(batch()[part]) for model in (exact, rough))
+        run = {"query": queried, "item": itemed}[part]
+        x, y = (run(model, batch()[part]) for model in (exact, rough))
         assert y.dtype == jnp.float32
         assert (x * y).sum(axis=1).min() > 0.999
         assert np.abs(x - y).max() > 0
