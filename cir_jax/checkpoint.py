@@ -23,9 +23,9 @@ import tensorstore as ts
 from flax import nnx, traverse_util
 
 from cir_jax import files
-from cir_jax.config import from_json, to_json
 from cir_jax.methods import METHODS, build, method_name
 from cir_jax.stopping import unstopped
+from cir_jax.typed import from_json, to_json
 
 # Bytes of an array that are compressed and written at once.
 PIECE = 16 * 2**20
@@ -54,7 +54,7 @@ def _portable(config) -> dict:
     return value
 
 
-def _with_vocabulary(config, folder: Path):
+def with_vocabulary(config, folder: Path):
     """The config whose own vocabulary file is the copy inside the checkpoint `folder`."""
     text = config.inputs.text
     if text.vocab == "clip":
@@ -182,7 +182,7 @@ def read_model(folder: str | os.PathLike):
             f"{folder.absolute()} was changed: its config and parameters have the fingerprint {mark}, its manifest "
             f"says {files.shown(manifest['fingerprint'])}; copy the folder again"
         )
-    return _with_vocabulary(config, folder), graph, params, manifest
+    return with_vocabulary(config, folder), graph, params, manifest
 
 
 def _stored_config(folder: Path, manifest: Mapping):

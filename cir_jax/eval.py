@@ -21,10 +21,11 @@ import tyro
 from cir_jax import files, metrics
 from cir_jax.commands import Limited
 from cir_jax.compilation import keep_compiled
-from cir_jax.config import Evaluation, Run, load_config, to_json
+from cir_jax.config import Evaluation, Run, load_config
 from cir_jax.data.benchmark import Chosen
 from cir_jax.data.documents import BUILTIN
 from cir_jax.progress import printable
+from cir_jax.typed import to_json
 from cir_jax.workspace import Outcome, Workspace, digest
 
 SHOWN = ("recall@1", "recall@5", "recall@10", "mrr")  # in the table; the rest is in results.json

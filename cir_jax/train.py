@@ -17,9 +17,10 @@ import tyro
 from cir_jax import files, processes
 from cir_jax.commands import Limited
 from cir_jax.compilation import keep_compiled
-from cir_jax.config import Experiment, from_json, load_config, packaged_configs, portable
+from cir_jax.config import Experiment, load_config, packaged_configs
 from cir_jax.progress import progress
 from cir_jax.stopping import unstopped
+from cir_jax.typed import from_json, portable
 from cir_jax.workspace import Workspace
 
 

@@ -13,7 +13,6 @@ from flax import nnx, traverse_util
 import cir_jax
 from cir_jax import optim
 from cir_jax.checkpoint import abstract_params
-from cir_jax.config import from_json, to_json
 from cir_jax.conversion import beit3 as table
 from cir_jax.conversion import rules
 from cir_jax.convert import convert, export
@@ -31,6 +30,7 @@ from cir_jax.encoders.beit3 import (
     resize_positions,
 )
 from cir_jax.methods.cfir import FROZEN, Cfir, CfirConfig, resized
+from cir_jax.typed import from_json, to_json
 
 BOTH = ("image", "text")
 OPTIONS = {"dtype": "float32", "remat": True}

@@ -15,7 +15,6 @@ from test_methods import INPUTS, drawn, raw_items, raw_queries, training_batch
 import cir_jax
 from cir_jax import losses, metrics, optim
 from cir_jax.checkpoint import abstract_params
-from cir_jax.config import from_json, to_json
 from cir_jax.conversion import maria as table
 from cir_jax.conversion import rules
 from cir_jax.conversion.rules import Options
@@ -37,6 +36,7 @@ from cir_jax.methods.maria import (
     words_of,
 )
 from cir_jax.retrieval import retrieve, score_by_vectors, score_candidates
+from cir_jax.typed import from_json, to_json
 
 DIAGONAL = (0.402768, 0.455924, 0.170044, 0.495673, 0.230536, 0.453009, 0.472253, 0.234649)
 RANKS = (2, 3, 5, 3, 4, 3, 4, 5)

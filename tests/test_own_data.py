@@ -22,7 +22,7 @@ import cir_jax
 from cir_jax import eval as evaluation
 from cir_jax import metrics, optim
 from cir_jax.checkpoint import save_model
-from cir_jax.config import Data, Evaluation, Experiment, Optim, Run, Train, fine_tune
+from cir_jax.config import Data, Evaluation, Experiment, Optim, Run, Train
 from cir_jax.data import (
     benchmark_parts,
     limited_name,
@@ -36,6 +36,7 @@ from cir_jax.data.pipeline import train_batches
 from cir_jax.data.records import open_gallery
 from cir_jax.data.tables import read_table, string, strings
 from cir_jax.eval import evaluate, with_limit, with_variants
+from cir_jax.fine_tuning import fine_tune
 from cir_jax.methods.blip_itm import BlipItmConfig
 from cir_jax.methods.clip import ClipConfig
 from cir_jax.train import check_experiment, make_init, prepare_workdir, train, training_batches

@@ -12,10 +12,10 @@ from test_methods import INPUTS, made, training_batch
 
 from cir_jax import optim
 from cir_jax.checkpoint import abstract_params
-from cir_jax.config import from_json, to_json
 from cir_jax.encoders.clip import VisionConfig
 from cir_jax.encoders.resnet import ResnetConfig, pooled
 from cir_jax.methods.clip import Clip, ClipConfig
+from cir_jax.typed import from_json, to_json
 
 
 def tiny() -> ClipConfig:
