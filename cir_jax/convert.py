@@ -27,9 +27,10 @@ class Arguments:
     paths: tyro.conf.Positional[tuple[str, ...]]
     """SOURCE [part=SOURCE …] DEST, or with --export CHECKPOINT DEST.safetensors"""
     method: str | None = None
-    """what the checkpoint is: clip, bert"""
+    """what the checkpoint is: clip, bert, cfir (BEiT-3), maria"""
     variant: str | None = None
-    """published name of the model, where the file does not tell all: ViT-B/32, ViT-B-32-quickgelu; of a BERT mean or cls"""
+    """what the file does not tell: the published name of a CLIP (ViT-B/32, ViT-B-32-quickgelu); mean or cls of a BERT;
+    cfir or multiway-adapter of a CFIR with adapters"""
     tokenizer: Path | None = None
     """vocabulary file, if it is neither CLIP's nor in the source's folder"""
     activation: Literal["quick_gelu", "gelu"] | None = None
@@ -67,9 +68,9 @@ class Converted:
 
 
 def _modules() -> dict:
-    from cir_jax.conversion import bert, clip
+    from cir_jax.conversion import beit3, bert, clip, maria
 
-    return {"clip": clip, "bert": bert}
+    return {"clip": clip, "bert": bert, "cfir": beit3, "maria": maria}
 
 
 def _module(method: str | None):

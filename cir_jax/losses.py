@@ -42,3 +42,83 @@ def listwise(
     target = right / right.sum(axis=1, keepdims=True)
     accuracy = jnp.take_along_axis(right, scores.argmax(axis=1)[:, None], axis=1).mean()
     return -(target * jax.nn.log_softmax(scores)).sum(axis=1).mean(), {"accuracy": accuracy}
+
+
+def paired_hinge(
+    queries: jax.Array,
+    items: jax.Array,
+    mask: jax.Array,
+    margin: float,
+    *,
+    groups: jax.Array | None = None,
+    parts: int = 1,
+    summed: bool = False,
+) -> jax.Array:
+    """Hinge loss in which every query meets one wrong item (Tan & Bansal 2020, "Vokenization").
+
+    The batch is cut into halves: row i of one and row i of the other are each other's only wrong answer.
+
+    Args:
+      queries: `[B, L, D]` unit vectors, several for each query: those of its tokens, or one.
+      items: `[B, D]` unit vectors; row i belongs to query i.
+      mask: `[B, L]`, True where there is a token.
+      margin: by which the right item is to be nearer than the wrong one.
+      groups: as in `contrastive`; a row is not pushed away from one of its own group.
+      parts: cut the batch into as many equal parts first, each with halves of its own, and take their mean: what
+        as many processes do, each with its own rows.
+      summed: sum the tokens of a part instead of taking their mean.
+
+    Raises:
+      ValueError: a batch that does not divide into two halves of each part.
+    """
+    rows = len(items)
+    if rows % (2 * parts):
+        raise ValueError(
+            f"a batch of {rows} rows does not divide into {parts} parts of two halves; "
+            f"use a multiple of {2 * parts}"
+        )
+    halves = lambda x: x.reshape(parts, rows // parts, *x.shape[1:])
+    partner = lambda x: jnp.roll(halves(x), rows // parts // 2, axis=1).reshape(x.shape)
+    right = jnp.einsum("bld,bd->bl", queries, items)
+    wrong = jnp.einsum("bld,bd->bl", queries, partner(items))
+    counted = mask if groups is None else mask & (groups != partner(groups))[:, None]
+    hinges = jnp.where(counted, jax.nn.relu(margin - right + wrong), 0)
+    totals, counts = (halves(x).sum(axis=(1, 2)) for x in (hinges, counted))
+    return (totals if summed else totals / jnp.maximum(counts, 1)).mean()
+
+
+def batch_hinge(
+    queries: jax.Array,
+    items: jax.Array,
+    mask: jax.Array,
+    margin: float,
+    groups: jax.Array | None = None,
+) -> jax.Array:
+    """Hinge loss in which every token meets all wrong items of the batch, and every item all wrong texts.
+
+    A token of a wrong text is compared with the token at its place in the right one, if there is one. Arguments as of
+    `paired_hinge`; the sum is divided by tokens times rows.
+    """
+    # original: airsplay/vokenization has it as `batchwise_hinge_rank_loss`, broken by one axis too many and unused
+    wrong = wrong_rows(len(items), groups)[:, None] & mask[:, :, None]  # [B, L, B]
+    scores = jnp.einsum("bld,id->bli", queries, items)
+    right = jnp.einsum("bld,bd->bl", queries, items)
+    by_item = jax.nn.relu(margin - right[:, :, None] + scores)
+    by_text = jax.nn.relu(margin - right.T[None] + scores)
+    total = jnp.where(wrong, by_item, 0) + jnp.where(wrong & mask.T[None], by_text, 0)
+    return total.sum() / (jnp.maximum(mask.sum(), 1) * len(items))
+
+
+def token_accuracy(
+    queries: jax.Array, items: jax.Array, mask: jax.Array, groups: jax.Array | None = None
+) -> jax.Array:
+    """The share of tokens whose best item of the batch is a right one; arguments as of `paired_hinge`."""
+    best = jnp.einsum("bld,id->bli", queries, items).argmax(axis=2)
+    wrong = jnp.take_along_axis(wrong_rows(len(items), groups), best, axis=1)
+    return (mask & ~wrong).sum() / jnp.maximum(mask.sum(), 1)
+
+
+def wrong_rows(rows: int, groups: jax.Array | None) -> jax.Array:
+    """`[B, B]`, True where item i is a wrong answer for query q."""
+    groups = jnp.arange(rows) if groups is None else groups
+    return groups[:, None] != groups[None, :]

@@ -33,8 +33,17 @@ def _score(graph, params, queries, items, query_rows, item_rows):
     queries, items = take(queries, query_rows), take(items, item_rows[:, None])
     method = nnx.merge(graph, params)
     if not hasattr(method, "score"):  # a retriever: the inner product of its vectors
-        return jnp.einsum("pd,pkd->pk", queries, items)[:, 0]
+        return _products(queries, items)[:, 0]
     return method.score(queries, items)[:, 0]
+
+
+def _products(queries, items):
+    """Inner products `[P, K]` of query vectors `[P, D]` and items `[P, K, D]`; of several vectors, the largest."""
+    if not isinstance(queries, tuple):
+        return jnp.einsum("pd,pkd->pk", queries, items)
+    vectors, mask = queries
+    scores = jnp.einsum("pmd,pkd->pmk", vectors, items)
+    return jnp.where(mask[:, :, None], scores, -jnp.inf).max(axis=1)
 
 
 @dataclass(frozen=True)
@@ -68,7 +77,8 @@ class Model:
         """Unit vectors `[N, D]` float32 of queries or items, in their order.
 
         Queries that ask several times, `{"texts": […]}` (the entities of a document), give `([N, M, D], mask [N, M])`,
-        a vector for each text and True where there is one; M is the largest number of texts.
+        a vector for each text and True where there is one; M is the largest number of texts. So do all queries of a
+        method by whose `query` every token asks; there M counts tokens.
 
         Args:
           part: the side of the model; an item is a picture (of a model of texts a text), a query may be text, a
@@ -102,12 +112,19 @@ class Model:
                 "some queries have `texts` and some have not; encode those that ask once by themselves"
             )
         asks = [{"text": text} for each in texts for text in each]
-        vectors = self.features("query", asks, batch_size, progress)
+        found = self.features("query", asks, batch_size, progress)
         counts = np.array([len(each) for each in texts])
         mask = np.arange(max(counts)) < counts[:, None]
-        out = np.zeros((*mask.shape, vectors.shape[-1]), np.float32)
-        out[mask] = vectors
-        return out, mask
+
+        def spread(x):
+            out = np.zeros((*mask.shape, *x.shape[1:]), x.dtype)
+            out[mask] = x
+            return out
+
+        if not isinstance(found, tuple):
+            return spread(found), mask
+        vectors, tokens = map(spread, found)
+        return vectors.reshape(len(mask), -1, vectors.shape[-1]), tokens.reshape(len(mask), -1)
 
     def features(
         self,

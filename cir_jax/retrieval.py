@@ -157,7 +157,10 @@ def score_by_vectors(
     wanted = np.nonzero((rows >= 0).any(axis=1))[0]
     if len(wanted):
         asked = model.encode("query", [queries[row] for row in wanted])
-        out[wanted] = np.einsum("qd,qkd->qk", asked, vectors[rows[wanted].clip(min=0)])
+        several = isinstance(asked, tuple)
+        asked, mask = asked if several else (asked[:, None], np.ones((len(asked), 1), bool))
+        scores = np.einsum("qmd,qkd->qmk", asked, vectors[rows[wanted].clip(min=0)])
+        out[wanted] = np.where(mask[:, :, None], scores, -np.inf).max(axis=1)
     return np.where(rows >= 0, out, -np.inf)
 
 

@@ -1,4 +1,4 @@
-"""BEiT-3 and CFIR against numbers computed with the original code (cfir.md 2.4 and 2.5)."""
+"""BEiT-3 and CFIR against numbers computed with the original code (cfir.md 2.4 and 2.5), and their conversion."""
 
 import dataclasses
 import json
@@ -8,12 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from flax import nnx, traverse_util
 
+import cir_jax
+from cir_jax import optim
 from cir_jax.checkpoint import abstract_params
+from cir_jax.conversion import beit3 as table
+from cir_jax.conversion import rules
+from cir_jax.convert import convert, export
 from cir_jax.data.images import ImageSpec
 from cir_jax.data.inputs import Inputs
-from cir_jax.data.text import TextSpec
+from cir_jax.data.text import TextSpec, tokenizer, train_sentencepiece
 from cir_jax.encoders.beit3 import (
     BEIT3_BASE,
     BEIT3_LARGE,
@@ -24,7 +29,7 @@ from cir_jax.encoders.beit3 import (
     joint,
     resize_positions,
 )
-from cir_jax.methods.cfir import Cfir, CfirConfig
+from cir_jax.methods.cfir import FROZEN, Cfir, CfirConfig, resized
 from cir_jax.typed import from_json, to_json
 
 BOTH = ("image", "text")
@@ -74,6 +79,14 @@ ENHANCED = (
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Many small programs run once each here: compiling them costs more than running them."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def count(tree) -> int:
     """How many numbers a tree of arrays holds."""
     return sum(x.size for x in jax.tree.leaves(tree))
@@ -107,6 +120,16 @@ def pictures(dtype=np.float32):
 
 def batch(dtype=np.float32):
     return {"query": {"text": IDS, "text_mask": MASK}, "item": {"image": pictures(dtype)}}
+
+
+@jax.jit
+def queried(model, query):
+    return model.query(query)
+
+
+@jax.jit
+def itemed(model, item):
+    return model.item(item)
 
 
 @pytest.fixture(params=["float64", "float32"])
@@ -159,12 +182,12 @@ def test_joint_states(precision):
 def test_features_cosines_and_loss(precision):
     dtype, tolerance = precision
     model, both = golden_cfir(dtype), batch(dtype)
-    images, texts = model.item(both["item"]), model.query(both["query"])
+    images, texts = itemed(model, both["item"]), queried(model, both["query"])
     for row in (0, 1):
         check(images[row], IMAGE[row], tolerance)
         check(texts[row], TEXT[row], tolerance)
     check(images @ texts.T, COSINES, tolerance)
-    loss, metrics = model.loss(both, jax.random.key(0))
+    loss, metrics = jax.jit(lambda m, x: m.loss(x, jax.random.key(0)))(model, both)
     check(loss, LOSS, tolerance)
     check(metrics["scale"], np.exp(2.0), tolerance)
 
@@ -175,31 +198,31 @@ def test_adapters(precision, towers):
     adapter = AdapterConfig(towers, width=4)
     model = golden_cfir(dtype, dataclasses.replace(TINY, adapter=adapter))
     image, text = ADAPTED[towers]
-    check(model.item(batch(dtype)["item"])[0], image, tolerance)
-    check(model.query(batch(dtype)["query"])[0], text, tolerance)
+    check(itemed(model, batch(dtype)["item"])[0], image, tolerance)
+    check(queried(model, batch(dtype)["query"])[0], text, tolerance)
 
 
 def test_enhancer(precision):
     dtype, tolerance = precision
     model = golden_cfir(dtype, dataclasses.replace(TINY, enhancer=128))
     image, text = ENHANCED
-    check(model.item(batch(dtype)["item"])[0], image, tolerance)
-    check(model.query(batch(dtype)["query"])[0], text, tolerance)
+    check(itemed(model, batch(dtype)["item"])[0], image, tolerance)
+    check(queried(model, batch(dtype)["query"])[0], text, tolerance)
 
 
 def test_each_usual_mistake_is_noticed():
     with jax.enable_x64(True):
-        right = golden_cfir(np.float64).query(batch()["query"])
+        right = queried(golden_cfir(np.float64), batch()["query"])
         wrong = {}
         model = golden_cfir(np.float64)
         positions = model.text.expert.positions
         positions[...] = jnp.roll(positions[...], 2, axis=0)
-        wrong["positions from 0"] = model.query(batch()["query"])
+        wrong["positions from 0"] = queried(model, batch()["query"])
         blind = {"text": IDS, "text_mask": np.ones_like(MASK)}
-        wrong["no mask"] = golden_cfir(np.float64).query(blind)
+        wrong["no mask"] = queried(golden_cfir(np.float64), blind)
         model = golden_cfir(np.float64)
         model.text.expert.blocks.mlp.ln.epsilon = 1e-6
-        wrong["epsilon"] = model.query(batch()["query"])
+        wrong["epsilon"] = queried(model, batch()["query"])
         apart = {name: float(np.abs(vectors - right).max()) for name, vectors in wrong.items()}
     assert apart["positions from 0"] > 0.5
     assert apart["no mask"] > 0.5
@@ -217,7 +240,8 @@ def test_first_position_alone_equals_all_states():
 def test_length_of_the_padding_does_not_change_a_text():
     model = golden_cfir()
     longer = {"text": np.pad(IDS, ((0, 0), (0, 4))), "text_mask": np.pad(MASK, ((0, 0), (0, 4)))}
-    np.testing.assert_allclose(model.query(longer), model.query(batch()["query"]), atol=1e-6)
+    short = queried(model, batch()["query"])
+    np.testing.assert_allclose(queried(model, longer), short, atol=1e-6)
 
 
 def test_hidden_patches_become_the_mask_token():
@@ -258,6 +282,15 @@ def test_every_option_of_an_adapter_starts_as_nothing_and_learns(norm, scale):
     np.testing.assert_array_equal(adapter(x), 0)
     adapter.up.kernel[...] = 0.3 * jax.random.normal(jax.random.key(1), (4, 16))
     assert np.abs(adapter(x)).max() > 1e-3
+
+
+def test_an_adapter_of_the_original_starts_as_noise():
+    config = AdapterConfig(width=4, initial="noise")
+    adapter = Adapter(16, config, dtype="float32", rngs=nnx.Rngs(0))
+    for layer in (adapter.down, adapter.up):
+        kernel = np.asarray(layer.kernel[...])
+        assert 0.018 < np.abs(kernel).max() <= 0.02 and np.abs(kernel.std() - 0.0108) < 3e-3
+        assert not np.any(layer.bias[...])
 
 
 def test_initial_values():
@@ -307,7 +340,8 @@ def test_bfloat16_products_keep_the_direction():
         abstract_params(config_of(dtype="bfloat16"))[0], nnx.to_pure_dict(nnx.state(rough))
     )
     for part in ("query", "item"):
-        x, y = (getattr(model, part)(batch()[part]) for model in (exact, rough))
+        run = {"query": queried, "item": itemed}[part]
+        x, y = (run(model, batch()[part]) for model in (exact, rough))
         assert y.dtype == jnp.float32
         assert (x * y).sum(axis=1).min() > 0.999
         assert np.abs(x - y).max() > 0
@@ -335,6 +369,197 @@ def test_position_table_for_another_picture_size():
         (0.50750, -0.19954, -1.11101),
     ]
     np.testing.assert_allclose(smaller, expected, rtol=1e-5, atol=6e-6)
+
+
+def test_a_model_starts_from_one_of_another_picture_size():
+    theirs = golden.params(golden.filled(golden.shapes(TINY)), TINY)
+    encoder = dataclasses.replace(TINY, size=64)
+    own = abstract_params(config_of(encoder))[1]
+    table = {"positions": np.zeros(own["image"]["expert"]["positions"].shape)}
+    found = resized({"image": {"expert": table}}, theirs)
+    assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, own)
+    positions = theirs["image"]["expert"]["positions"]
+    np.testing.assert_array_equal(
+        found["image"]["expert"]["positions"], resize_positions(positions, 4)
+    )
+    assert resized(theirs, theirs) is theirs
+    assert Cfir.starts == {CfirConfig: resized}
+
+
+@pytest.mark.parametrize(
+    ("preset", "trained", "still"),
+    [
+        ("adapters", ("image/expert/blocks/adapter", "text/expert/blocks/enhancer"), "logit_scale"),
+        ("pictures", ("text/expert", "text_project", "logit_scale"), "image/"),
+        (
+            "text_by_name",
+            ("text/embedding", "text/expert/blocks/mlp/ln", "image/expert/blocks/adapter"),
+            "text/expert/blocks/attention",
+        ),
+    ],
+)
+def test_what_is_trained(preset, trained, still):
+    encoder = dataclasses.replace(TINY, adapter=AdapterConfig(BOTH, width=4), enhancer=8)
+    parts = optim.split_frozen(abstract_params(config_of(encoder))[1], FROZEN[preset])
+    names = [list(traverse_util.flatten_dict(part, sep="/")) for part in parts]
+    found = lambda part, start: any(name.startswith(start) for name in names[part])
+    assert all(found(0, start) for start in trained)
+    assert found(1, still) and not found(0, still)
+    if preset == "text_by_name":
+        assert not found(0, "text/expert/blocks/adapter") and not found(0, "text_project")
+
+
+# ---- conversion ----
+
+
+class Tensors(dict):
+    """Arrays as `cir_jax.conversion.sources.Tensors`."""
+
+    def shape(self, name):
+        return self[name].shape
+
+    def dtype(self, name):
+        return self[name].dtype
+
+
+def all_tensors(encoder):
+    tensors = golden.filled(golden.shapes(encoder))
+    tensors |= golden.filled_adapters(golden.adapter_shapes(encoder))
+    if encoder.enhancer:
+        tensors |= golden.filled_enhancer(golden.enhancer_shapes(encoder))
+    return {name: np.asarray(x, np.float32) for name, x in tensors.items()}
+
+
+def test_the_table_puts_golden_tensors_into_their_places():
+    adapter = AdapterConfig(BOTH, width=4)
+    encoder = dataclasses.replace(TINY, adapter=adapter, enhancer=128)
+    tensors = all_tensors(encoder)
+    expected = traverse_util.flatten_dict(golden.params(tensors, encoder), sep="/")
+    plan = rules.Plan(None, table.rules(encoder), table.LAYOUT)
+    found, _ = rules.convert(Tensors(tensors), plan, {k: x.shape for k, x in expected.items()})
+    assert found.keys() == expected.keys()
+    for name, x in expected.items():
+        np.testing.assert_array_equal(found[name], x, err_msg=name)
+    back = {name: make() for name, _, make in rules.original(found, plan.rules)}
+    assert back.keys() == tensors.keys()
+    assert all(np.array_equal(back[name], x, equal_nan=True) for name, x in tensors.items())
+    assert all(back[name].shape == x.shape for name, x in tensors.items())
+
+
+@pytest.mark.parametrize(
+    ("encoder", "keys"),
+    [
+        (BEIT3_BASE, 494),
+        (dataclasses.replace(BEIT3_BASE, size=384), 494),
+        (BEIT3_LARGE, 974),
+        (dataclasses.replace(BEIT3_BASE, adapter=AdapterConfig(BOTH), enhancer=128), 734),
+    ],
+    ids=["base", "base 384", "large", "base with adapters"],
+)
+def test_the_table_takes_every_tensor_of_the_published_models(encoder, keys):
+    config = CfirConfig(encoder=encoder, inputs=Inputs(image=ImageSpec(size=encoder.size)))
+    flat = traverse_util.flatten_dict(abstract_params(config)[1], sep="/")
+    places = {name: x.shape for name, x in flat.items()}
+    found = {n: r.source_shape(places) for r in table.rules(encoder) for n in r.names(places)}
+    shapes = golden.shapes(encoder) | golden.adapter_shapes(encoder)
+    shapes |= golden.enhancer_shapes(encoder) if encoder.enhancer else {}
+    assert found == shapes and len(found) == keys
+
+
+SMALL = dataclasses.replace(TINY, width=64, heads=1)
+PLAIN = ("a cat sat on a mat", "the dog ran to the red house")
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tmp_path_factory):
+    path = tmp_path_factory.mktemp("words") / "words.spm"
+    train_sentencepiece(PLAIN, 40, path)
+    return path
+
+
+def saved(folder, encoder, vocabulary, **extra):
+    """(file, tensors) of a small checkpoint with what training adds."""
+    from golden_convert import save
+
+    words = tokenizer(TextSpec("sentencepiece", str(vocabulary))).size
+    tensors = all_tensors(dataclasses.replace(encoder, vocabulary=words + 3))
+    return save(folder / "beit3.safetensors", tensors | extra), tensors
+
+
+def test_a_checkpoint_there_and_back(vocabulary, tmp_path):
+    from safetensors.numpy import load_file
+
+    encoder = dataclasses.replace(SMALL, adapter=AdapterConfig(("image",), width=4), enhancer=6)
+    extra = {"mlm_head.weight": np.zeros((2, 2), np.float32), "pooler.bias": np.zeros(2, np.int64)}
+    source, tensors = saved(tmp_path, encoder, vocabulary, **extra)
+    options = {"tokenizer": vocabulary, "variant": "multiway-adapter"}
+    done = convert(source, tmp_path / "model", "cfir", **options)
+    assert done.ignored.keys() == extra.keys()
+    assert "adapters of width 4 beside the image tower, with the factor 0.6" in done.notes[0]
+    model = cir_jax.load(tmp_path / "model")
+    adapter = AdapterConfig(("image",), width=4, scale=0.6)
+    found = dataclasses.replace(
+        encoder, adapter=adapter, vocabulary=model.config.encoder.vocabulary
+    )
+    assert model.config.encoder == found
+    assert model.config.inputs.image == ImageSpec(32, "squash", mean=(0.5,) * 3, std=(0.5,) * 3)
+    expected = golden.params(tensors, found)
+    jax.tree.map(np.testing.assert_array_equal, model.params, expected)
+    export(tmp_path / "model", tmp_path / "back.safetensors")
+    back = load_file(tmp_path / "back.safetensors")
+    assert back.keys() == tensors.keys()
+    assert all(np.array_equal(back[name], x) for name, x in tensors.items())
+
+
+def test_learned_factors_and_norms_of_adapters(vocabulary, tmp_path):
+    adapter = AdapterConfig(BOTH, width=4)
+    encoder = dataclasses.replace(SMALL, adapter=adapter)
+    extra = {}
+    for layer in range(2):
+        for name in golden.ADAPTERS.values():
+            at = f"beit3.encoder.layers.{layer}.{name}"
+            extra[f"{at}.scale"] = np.array([1.5], np.float32)
+            for part in ("weight", "bias"):
+                extra[f"{at}.adapter_layer_norm_before.{part}"] = np.ones(64, np.float32)
+    source, _ = saved(tmp_path, encoder, vocabulary, **extra)
+    with pytest.raises(ValueError, match=r"\+norm-in or \+norm-out"):
+        convert(source, tmp_path / "model", "cfir", tokenizer=vocabulary)
+    options = {"tokenizer": vocabulary, "variant": "cfir+norm-in"}
+    convert(source, tmp_path / "model", "cfir", **options)
+    model = cir_jax.load(tmp_path / "model")
+    assert model.config.encoder.adapter == AdapterConfig(BOTH, 4, None, "in")
+    for tower in BOTH:
+        scale = model.params[tower]["expert"]["blocks"]["adapter"]["scale"]
+        np.testing.assert_array_equal(scale, (1.5, 1.5))
+
+
+def test_what_cfir_cannot_be_made_of(vocabulary, tmp_path):
+    from golden_convert import save
+
+    adapted = dataclasses.replace(SMALL, adapter=AdapterConfig(BOTH, width=4))
+    source, _ = saved(tmp_path, adapted, vocabulary)
+    with pytest.raises(ValueError, match="add --variant cfir"):
+        convert(source, tmp_path / "model", "cfir", tokenizer=vocabulary)
+    source, tensors = saved(tmp_path, SMALL, vocabulary)
+    with pytest.raises(ValueError, match=r"give BEiT-3's beit3\.spm with --tokenizer"):
+        convert(source, tmp_path / "model", "cfir")
+    words = "beit3.text_embed.weight"
+    table_a = "beit3.encoder.embed_positions.A.weight"
+    for change, message in (
+        (lambda t: t.pop("vision_head.weight"), "not trained for retrieval: it has no vision_head"),
+        (lambda t: t.pop(words), "this is no BEiT-3"),
+        (lambda t: t.update({words: t[words][:9]}), "9 rows, .* gives"),
+        (lambda t: t.update({table_a: t[table_a][:6]}), "has 6 rows, expected 3 and a square"),
+        (lambda t: t.update({"beit3.more": np.zeros(2, np.float32)}), "left over beit3.more"),
+        (lambda t: t.pop("beit3.encoder.layer_norm.B.bias"), "missing beit3.encoder.layer_norm.B"),
+    ):
+        changed = dict(tensors)
+        change(changed)
+        wrong = save(tmp_path / "wrong.safetensors", changed)
+        with pytest.raises(ValueError, match=message):
+            convert(wrong, tmp_path / "model", "cfir", tokenizer=vocabulary)
+        wrong.unlink()
+    assert not (tmp_path / "model").exists()
 
 
 def test_faults_are_named():

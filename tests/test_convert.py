@@ -381,7 +381,7 @@ def test_wrong_arguments_are_explained(tensors, tmp_path):
     for arguments, message in (
         ([source], "expected SOURCE"),
         ([source, tmp_path / "b"], "--method says what to convert to; expected clip, bert"),
-        ([source, tmp_path / "b", "--method", "cfir"], "found 'cfir'"),
+        ([source, tmp_path / "b", "--method", "blip_cir"], "found 'blip_cir'"),
         ([source, "x", tmp_path / "b", "--method", "clip"], "part=SOURCE"),
         ([tmp_path / "none", tmp_path / "b", "--method", "clip"], "there is no file or folder"),
         ([source, tmp_path / "b", "--method", "bert"], "this is no BERT"),
@@ -447,7 +447,7 @@ def _flat(params):
 # ---- tables and the rest ----
 
 
-@pytest.mark.parametrize("name", ["clip", "bert"])
+@pytest.mark.parametrize("name", ["clip", "bert", "cfir", "maria"])
 def test_every_table_fills_every_parameter(name):
     from flax import traverse_util
 

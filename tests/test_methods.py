@@ -49,7 +49,7 @@ def drawn(config, seed=0):
     draw, (graph, shapes) = np.random.default_rng(seed), abstract_params(config)
 
     def value(path, shape):
-        if sharding.path_name(path).endswith("scale"):
+        if sharding.path_name(path).endswith(("scale", "variance")):
             return np.ones(shape, np.float32)
         return (0.18 * draw.standard_normal(shape)).astype(np.float32)
 

@@ -67,14 +67,14 @@ def plan(sources: Mapping[str, Any], options: Options) -> Plan:
         )
     old = f"{prefix}embeddings.LayerNorm.gamma" in tensors
     layout = f"Hugging Face BertModel{' behind bert.' if prefix else ''}"
-    bert = _sizes(tensors, prefix, layout, source.config or {})
+    bert = sizes(tensors, prefix, layout, source.config or {})
     pooling, why = _pooling(options)
     config = BertSentenceConfig(bert, pooling, inputs=_inputs(bert, options))
     made = rules(prefix, ("gamma", "beta") if old else ("weight", "bias"))
     return Plan(config, made, layout, IGNORED, outer, (why,))
 
 
-def _sizes(tensors, prefix: str, layout: str, said: Mapping) -> BertConfig:
+def sizes(tensors, prefix: str, layout: str, said: Mapping) -> BertConfig:
     """The sizes: from the shapes, and the number of heads and the epsilon from config.json."""
     faults = _config_faults(said)
     shapes = {}

@@ -30,14 +30,17 @@ FLOATS = ("float32", "float16", "bfloat16", "float64")
 class Change:
     """What happens to a source tensor: cut into `parts` along its first axis, then the `axes` of each permuted.
 
-    In this form a change has one inverse, and says what shape it expects.
+    `ones` axes of length one in front of all others are dropped before. In this form a change has one inverse, and says
+    what shape it expects.
     """
 
     parts: int = 1
     axes: tuple[int, ...] | None = None
+    ones: int = 0
 
     def forward(self, x: np.ndarray) -> list[np.ndarray]:
         """The arrays for the targets of a rule, as views."""
+        x = x.reshape(x.shape[self.ones :])
         return [self._turned(part) for part in np.split(x, self.parts)] if x.ndim else [x]
 
     def _turned(self, x):
@@ -46,7 +49,8 @@ class Change:
     def backward(self, parts: Sequence[np.ndarray]) -> np.ndarray:
         """The source tensor of what `forward` gave."""
         turned = [self._turned_back(part) for part in parts]
-        return turned[0] if len(turned) == 1 else np.concatenate(turned)
+        whole = turned[0] if len(turned) == 1 else np.concatenate(turned)
+        return whole.reshape((1,) * self.ones + whole.shape)
 
     def _turned_back(self, x):
         return x if self.axes is None else x.transpose(np.argsort(self.axes))
@@ -56,7 +60,8 @@ class Change:
         shape = (
             target if self.axes is None else tuple(int(target[i]) for i in np.argsort(self.axes))
         )
-        return (self.parts * shape[0], *shape[1:]) if self.parts > 1 else tuple(shape)
+        shape = (self.parts * shape[0], *shape[1:]) if self.parts > 1 else tuple(shape)
+        return (1,) * self.ones + shape
 
 
 SAME = Change()

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 # What iPhones and others write into the first bytes of HEIC files.
 HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
@@ -29,6 +31,7 @@ class ImageSpec:
     Attributes:
       size: side of the square.
       resize: "short" takes the short side to `size` and cuts the centre; "squash" ignores the aspect ratio.
+      short: what "short" takes the short side to before it cuts, where that is more than `size`; None for `size`.
       filter: of the resize, always with antialiasing.
       crop_offset: "round" as torchvision (half to even), "floor" as Hugging Face; one pixel apart when the part to cut
         is 3 modulo 4.
@@ -42,6 +45,7 @@ class ImageSpec:
 
     size: int = 224
     resize: Literal["short", "squash"] = "short"
+    short: int | None = None
     filter: Literal["bicubic", "bilinear"] = "bicubic"
     crop_offset: Literal["round", "floor"] = "round"
     convert_first: bool = True
@@ -53,6 +57,11 @@ class ImageSpec:
         if self.size < 1:
             raise ValueError(f"image size {self.size}; expected at least 1")
         _one_of("resize", self.resize, ("short", "squash"))
+        if self.short is not None and (self.short < self.size or self.resize != "short"):
+            raise ValueError(
+                f"image short is {self.short} with resize {self.resize!r} and size {self.size}; it needs resize "
+                "'short' and at least `size`"
+            )
         _one_of("filter", self.filter, ("bicubic", "bilinear"))
         _one_of("crop_offset", self.crop_offset, ("round", "floor"))
 
@@ -102,8 +111,11 @@ def open_image(source: Source) -> "Image.Image":
 def crop(image: Source, spec: ImageSpec) -> np.ndarray:
     """The square of a picture that the model sees, `[size, size, 3]` uint8.
 
-    Applied to its own result it changes nothing, so cut pictures can be kept and prepared later.
+    Applied to its own result it changes nothing, so cut pictures can be kept and prepared later: an array of that very
+    shape is taken for one.
     """
+    if isinstance(image, np.ndarray) and image.shape == (spec.size, spec.size, 3):
+        return np.asarray(open_image(image))
     picture = open_image(image)
     if spec.convert_first:
         picture = _rgb(picture, spec.background)
@@ -185,8 +197,9 @@ def _resize(picture: "Image.Image", spec: ImageSpec) -> "Image.Image":
 
     width, height = picture.size
     short, long = min(width, height), max(width, height)
-    scaled = spec.size if spec.resize == "squash" else int(spec.size * long / short)
-    size = (spec.size, scaled) if width <= height else (scaled, spec.size)
+    side = spec.short or spec.size
+    scaled = side if spec.resize == "squash" else int(side * long / short)
+    size = (side, scaled) if width <= height else (scaled, side)
     if size == picture.size:
         return picture
     if Image.MAX_IMAGE_PIXELS and size[0] * size[1] > Image.MAX_IMAGE_PIXELS:

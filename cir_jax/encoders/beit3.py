@@ -52,6 +52,8 @@ class AdapterConfig:
       scale: factor of the result; None learns it, starting at 1.
       norm: LayerNorm before ("in") or behind ("out") the bottleneck.
       dropout: inside the bottleneck, only where a key is given.
+      initial: "nothing" begins with an adapter that adds zero, so that training begins with the model as it was;
+        "noise" is CFIR's, which means to do the same and overwrites it.
     """
 
     towers: tuple[Tower, ...] = ()
@@ -59,6 +61,7 @@ class AdapterConfig:
     scale: float | None = 0.3
     norm: Literal["none", "in", "out"] = "none"
     dropout: float = 0.1
+    initial: Literal["nothing", "noise"] = "nothing"
 
 
 @dataclass(frozen=True)
@@ -115,9 +118,11 @@ class Adapter(nnx.Module):
 
     def __init__(self, width, config: AdapterConfig, *, std=None, dtype: Dtype, rngs):
         self.config = config
+        noise = config.initial == "noise"
+        # original: BEiT-3's wrapper draws every linear layer again, those of adapters too
+        std, up = (truncated(0.02), truncated(0.02)) if noise else (std, 0.0)
         self.down = Linear(width, config.width, std=std, dtype=dtype, rngs=rngs)
-        # original: CFIR means adapters to start as nothing too, but overwrites this with noise
-        self.up = Linear(config.width, width, std=0.0, dtype=dtype, rngs=rngs)
+        self.up = Linear(config.width, width, std=up, dtype=dtype, rngs=rngs)
         self.ln = None if config.norm == "none" else layer_norm(width, rngs, EPSILON)
         self.scale = nnx.Param(jnp.ones(())) if config.scale is None else None
 

@@ -162,6 +162,27 @@ class Bert(nnx.Module):
         step = lambda x, block: (block(x, mask, None),) * 2
         return jnp.concatenate([x[None], jax.lax.scan(step, x, self.blocks)[1]])
 
+    def last_states(self, ids, mask, layers: int, key=None, first=False) -> jax.Array:
+        """The states behind the last `layers` layers side by side, lowest first: `[B, L, layers * width]`.
+
+        With `first` only those of position 0, `[B, 1, layers * width]`. Layers are not cut off the stack as in
+        `first_of`: that would copy their parameters for every batch.
+        """
+        depth = self.config.layers
+        if not 1 <= layers <= depth:
+            raise ValueError(
+                f"states of the last {layers} layers are wanted; this BERT has 1 to {depth}"
+            )
+        x, (mask, _) = self.embeddings(ids, subkey(key, 0)), self._context(mask, None)
+
+        def step(x, layer):
+            x = layer[0](x, mask, None, layer[1])
+            return x, x[:, :1] if first else x
+
+        step = jax.checkpoint(step) if self.remat else step
+        states = jax.lax.scan(step, x, (self.blocks, layer_keys(key, depth)))[1][-layers:]
+        return jnp.concatenate(list(states), axis=-1)
+
     def _context(self, mask, tokens):
         if tokens is not None and not self.config.image_width:
             raise ValueError(

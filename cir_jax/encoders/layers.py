@@ -42,6 +42,11 @@ def truncated(std: float) -> Initial:
     return lambda key, shape: std * jax.random.truncated_normal(key, -1.0, 1.0, shape)
 
 
+def uniform(limit: float) -> Initial:
+    """Uniform from -limit to limit, in place of a `std`."""
+    return lambda key, shape: jax.random.uniform(key, shape, minval=-limit, maxval=limit)
+
+
 def base_std(width: int) -> float:
     """The initial standard deviation 0.02 of BERT's and ViT's base models, for layers of another width."""
     return 0.02 * (768 / width) ** 0.5

@@ -45,15 +45,19 @@ class FrozenNorm(nnx.Module):
 
 
 class Convolution(nnx.Module):
-    """A square convolution without bias, with as much padding as keeps the size, and its frozen norm."""
+    """A square convolution without bias, with as much padding as keeps the size, and its frozen norm.
 
-    def __init__(self, inputs, outputs, side, *, stride=1, scale=1.0, dtype: Dtype, rngs):
-        self.kernel = normal(rngs, (side, side, inputs, outputs), (2 / (side**2 * inputs)) ** 0.5)
+    With `groups` a channel sees only those of its own group.
+    """
+
+    def __init__(self, inputs, outputs, side, *, stride=1, groups=1, scale=1.0, dtype: Dtype, rngs):
+        each = inputs // groups
+        self.kernel = normal(rngs, (side, side, each, outputs), (2 / (side**2 * each)) ** 0.5)
         self.norm = FrozenNorm(outputs, scale=scale)
-        self.stride, self.dtype = stride, dtype
+        self.stride, self.groups, self.dtype = stride, groups, dtype
 
     def __call__(self, x):
-        """`[B, H, W, inputs]` -> `[B, H / stride, W / stride, outputs]`."""
+        """`[B, H, W, inputs]` -> `[B, H / stride, W / stride, outputs]`, sizes rounded up."""
         kernel, edge = self.kernel[...], self.kernel.shape[0] // 2
         wide = jnp.promote_types(x.dtype, kernel.dtype)
         narrow = jnp.bfloat16 if self.dtype == "bfloat16" else wide
@@ -63,6 +67,7 @@ class Convolution(nnx.Module):
             (self.stride,) * 2,
             ((edge, edge),) * 2,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=self.groups,
             preferred_element_type=wide,
         )
         return self.norm(y)

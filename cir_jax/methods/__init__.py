@@ -10,6 +10,7 @@ from cir_jax.methods.blip_itm import BlipItm, BlipItmConfig
 from cir_jax.methods.blip_rerank import BlipRerank, BlipRerankConfig
 from cir_jax.methods.cfir import Cfir, CfirConfig
 from cir_jax.methods.clip import Clip, ClipConfig
+from cir_jax.methods.maria import Maria, MariaConfig
 
 Batch = dict[str, dict[str, jax.Array]]
 Tree = Any
@@ -19,8 +20,10 @@ class Retriever(Protocol):
     """Stage 1: queries and items become vectors whose inner product ranks.
 
     `query` gives unit rows `[B, D]` (`Model.encode` asks several times where one query has several texts); `item` gives
-    unit rows `[B, D]`. A larger score is better. `query_kinds` names the parts that a query may consist of, the main
-    kind first, and `item_kinds`, if a method has it, those of an item (a picture, if it has not); `special_rows` is how many rows of the table of words a method has beyond the tokenizer's.
+    unit rows `[B, D]`. A larger score is better. Queries of several vectors are `([B, M, D], mask [B, M])`; the best of
+    them counts. `query_kinds` names the parts that a query may consist of, the main kind first, and `item_kinds`, if a
+    method has it, those of an item (a picture, if it has not); `special_rows` is how many rows of the table of words a
+    method has beyond the tokenizer's.
     """
 
     query_kinds: tuple[set[str], ...]
@@ -58,6 +61,7 @@ METHODS = {
     "clip": (ClipConfig, Clip),
     "bert": (BertSentenceConfig, BertSentence),
     "cfir": (CfirConfig, Cfir),
+    "maria": (MariaConfig, Maria),
     "blip_cir": (BlipCirConfig, BlipCir),
     "blip_rerank": (BlipRerankConfig, BlipRerank),
     "blip_itm": (BlipItmConfig, BlipItm),

@@ -6,6 +6,7 @@ summary; both compare with the same vectors of the pictures.
 
 import math
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,28 @@ from flax import nnx
 from cir_jax import losses
 from cir_jax.data.inputs import Inputs
 from cir_jax.data.text import tokenizer
-from cir_jax.encoders.beit3 import BEIT3_BASE, Beit3Config, ImageTower, TextTower
+from cir_jax.encoders.beit3 import (
+    BEIT3_BASE,
+    UNREAD,
+    Beit3Config,
+    ImageTower,
+    TextTower,
+    resize_positions,
+)
 from cir_jax.encoders.layers import Dtype, Linear, subkey, unit
+
+# For `optim.frozen`: what stays as it was. Without an entry everything is trained.
+FROZEN = {
+    # adapters and enhancers are trained
+    "adapters": (r"(?!.*/(adapter|enhancer)/).*",),
+    # the text side is trained; vectors of pictures stay valid
+    "pictures": (r"image/.*", r"image_project/.*"),
+    # CFIR's --tune_text_only. original: it goes by names, so that of the text side only the table of words, the
+    # feed-forward halves and their norms are trained, and of the picture side the adapters, which are called "text"
+    "text_by_name": (
+        r"(?!(text/embedding|text/expert/blocks/(mlp|ln2)/.*|image/expert/blocks/adapter/.*)$).*",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -48,11 +69,23 @@ class CfirConfig:
         return cls(encoder, inputs=inputs)
 
 
+def resized(own, theirs):
+    """The parameters of a CFIR for one whose pictures have another size: the table of their positions is resized."""
+    expert = theirs["image"]["expert"]
+    places = len(own["image"]["expert"]["positions"]) - UNREAD - 1
+    if len(expert["positions"]) == places + UNREAD + 1:
+        return theirs
+    positions = resize_positions(jnp.asarray(expert["positions"]), math.isqrt(places))
+    image = {**theirs["image"], "expert": {**expert, "positions": positions}}
+    return {**theirs, "image": image}
+
+
 class Cfir(nnx.Module):
     """Retriever: `query` (text) and `item` (picture) give unit vectors."""
 
     query_kinds = ({"text"},)
     special_rows = 0
+    starts = MappingProxyType({CfirConfig: resized})
 
     def __init__(self, config: CfirConfig, rngs: nnx.Rngs):
         encoder = config.encoder
