@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from cir_jax.encoders.layers import unit
+
 
 def contrastive(
     queries: jax.Array, items: jax.Array, scale: jax.Array, groups: jax.Array | None = None
@@ -42,3 +44,23 @@ def listwise(
     target = right / right.sum(axis=1, keepdims=True)
     accuracy = jnp.take_along_axis(right, scores.argmax(axis=1)[:, None], axis=1).mean()
     return -(target * jax.nn.log_softmax(scores)).sum(axis=1).mean(), {"accuracy": accuracy}
+
+
+def nt_xent(first: jax.Array, second: jax.Array, temperature: float) -> jax.Array:
+    """SimCLR's loss (Chen et al. 2020) over matching rows `[B, D]` of two kinds, which become unit vectors here.
+
+    Each of the 2 B rows looks for its partner among all others, those of its own kind included.
+    """
+    rows = unit(jnp.concatenate([first, second]))
+    count = len(rows)
+    scores = jnp.einsum("id,jd->ij", rows, rows) / temperature
+    scores = jnp.where(jnp.eye(count, dtype=bool), jnp.finfo(scores.dtype).min, scores)
+    partner = jnp.roll(jnp.arange(count), count // 2)[:, None]
+    return -jnp.take_along_axis(jax.nn.log_softmax(scores), partner, axis=1).mean()
+
+
+def cosine(first: jax.Array, second: jax.Array) -> jax.Array:
+    """The mean of 1 - cosine over rows `[B, D]`; a zero row has cosine 0, as in PyTorch's CosineEmbeddingLoss."""
+    squares = lambda x: jnp.sum(x * x, axis=-1) + 1e-12
+    inner = jnp.einsum("bd,bd->b", first, second)
+    return jnp.mean(1 - inner * jax.lax.rsqrt(squares(first) * squares(second)))

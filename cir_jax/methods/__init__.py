@@ -9,6 +9,7 @@ from cir_jax.methods.blip_itm import BlipItm, BlipItmConfig
 from cir_jax.methods.blip_rerank import BlipRerank, BlipRerankConfig
 from cir_jax.methods.cfir import Cfir, CfirConfig
 from cir_jax.methods.clip import Clip, ClipConfig
+from cir_jax.methods.fti4cir import Fti4cir, Fti4cirConfig
 
 Batch = dict[str, dict[str, jax.Array]]
 Tree = Any
@@ -59,6 +60,7 @@ METHODS = {
     "blip_cir": (BlipCirConfig, BlipCir),
     "blip_rerank": (BlipRerankConfig, BlipRerank),
     "blip_itm": (BlipItmConfig, BlipItm),
+    "fti4cir": (Fti4cirConfig, Fti4cir),
 }
 
 
