@@ -37,7 +37,7 @@ def fingerprint(config: Mapping, params, vocabulary: str) -> str:
     digest = hashlib.sha256(json.dumps([config, vocabulary], sort_keys=True).encode())
     for name, x in sorted(traverse_util.flatten_dict(params, sep="/").items()):
         digest.update(f"{name}{x.shape}".encode())
-        digest.update(np.ascontiguousarray(x, np.float32).tobytes())
+        digest.update(np.ascontiguousarray(x, np.float32))
     return digest.hexdigest()[:16]
 
 
@@ -73,7 +73,9 @@ def _alone() -> ocp.StandardCheckpointer:
     return ocp.StandardCheckpointer(multiprocessing_options=alone)
 
 
-def save_model(folder: str | os.PathLike, config, params, *, dtype="float32", about=None) -> str:
+def save_model(
+    folder: str | os.PathLike, config, params, *, dtype="float32", about=None, modules=None
+) -> str:
     """Write a model and return its fingerprint.
 
     Args:
@@ -81,8 +83,9 @@ def save_model(folder: str | os.PathLike, config, params, *, dtype="float32", ab
       config: the method's config; its vocabulary file is copied in.
       params: nested dict of arrays; stored as `dtype` ("float32", "float16" or "bfloat16").
       about: JSON-able facts kept in the manifest (training config, metrics, step).
+      modules: the fingerprint of each module, where they are known (`cir_jax.convert`).
     """
-    params = jax.tree.map(lambda x: np.asarray(x).astype(dtype), jax.device_get(params))
+    params = jax.tree.map(lambda x: np.asarray(x, dtype), jax.device_get(params))
     with files.write_folder(folder) as part:
         files.refuse_full(part, sum(x.nbytes for x in jax.tree.leaves(params)))
         sums, vocabulary = {}, config.inputs.text.vocab
@@ -107,6 +110,7 @@ def save_model(folder: str | os.PathLike, config, params, *, dtype="float32", ab
             "parameters": int(sum(x.size for x in jax.tree.leaves(params))),
             "fingerprint": mark,
             "about": about or {},
+            **({"modules": dict(modules)} if modules else {}),
             "sums": sums,
         }
         files.write_json(part / "manifest.json", manifest)

@@ -11,6 +11,7 @@ from cir_jax.stopping import Terminated, stoppable
 COMMANDS = {
     "eval": "evaluate retrieval on benchmarks: table, report with pictures, results.json, ranks",
     "train": "train a model from a config",
+    "convert": "turn a checkpoint of PyTorch or Hugging Face into one of ours, and back",
     "embed": "turn a gallery of pictures into vectors on disk",
     "index": "build a search index from vectors",
     "search": "search an index with a text, a picture or a document, in one stage or two",

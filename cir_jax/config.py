@@ -321,17 +321,37 @@ def from_json(kind: type, value: Any):
 
     ValueError that lists every unknown, missing or mistyped field by its dotted name; nothing is converted to fit.
     """
-    import cattrs
     from cattrs import transform_error
 
     faults = list(_faults(kind, value, ""))
     if not faults:
         try:
-            return cattrs.Converter().structure(value, kind)
+            return _converter().structure(value, kind)
         except Exception as error:  # a config that refuses its values
             faults = transform_error(error, "", lambda each, _: str(each))
     listed = "\n  ".join(faults)
     raise ValueError(f"this is not a {kind.__name__} of this version:\n  {listed}")
+
+
+def _converter():
+    """cattrs, which by itself cannot tell several dataclasses apart whose fields all have defaults."""
+    import cattrs
+
+    converter = cattrs.Converter()
+    choose = lambda value, kind: converter.structure(value, _nearest(kind, value))
+    converter.register_structure_hook_func(lambda kind: bool(_choices(kind)), choose)
+    return converter
+
+
+def _choices(kind) -> list[type]:
+    """The dataclasses among the types of a union, as of `VisionConfig | ResnetConfig`."""
+    is_union = get_origin(kind) in (Union, UnionType)
+    return [one for one in get_args(kind) if is_union and is_dataclass(one)]
+
+
+def _nearest(kind, value) -> type:
+    """The dataclass of a union that an object has the fewest faults as; the first of equals."""
+    return min(_choices(kind), key=lambda one: len(list(_faults(one, value, ""))))
 
 
 # What a value of a plain type may be: the words of the error, and whether a value is it.
@@ -349,6 +369,8 @@ def _faults(kind: Any, value: Any, name: str) -> Iterator[str]:
     outer, inner = get_origin(kind) or kind, get_args(kind)
     if is_dataclass(outer) and isinstance(value, Mapping | outer):
         yield from _field_faults(kind, value, f"{name}.".lstrip("."))
+    elif _choices(kind) and isinstance(value, (Mapping, *_choices(kind))):
+        yield from _faults(_nearest(kind, value), value, name)
     elif outer is tuple and _is_list(inner, value):
         each = inner[:1] * len(value) if inner[-1] is ... else inner
         for i, (part, x) in enumerate(zip(each, value)):

@@ -1,4 +1,4 @@
-"""`python -m cir_jax.embed CHECKPOINT GALLERY DEST`: a gallery of pictures to vectors on disk."""
+"""`python -m cir_jax.embed CHECKPOINT GALLERY DEST`: a gallery to vectors on disk."""
 
 import itertools
 import os
@@ -19,7 +19,7 @@ from cir_jax.progress import printable, progress
 
 @dataclass(frozen=True)
 class Arguments(Limited):
-    """Embed a gallery: one vector per picture.
+    """Embed a gallery: one vector per picture, or of a model of texts one per caption.
 
     CHECKPOINT is a folder or the name of a packaged model (`emoji_text`). GALLERY is a folder of pictures, a list
     file, tar shards, or the name of a data set. DEST is a new folder; an interrupted run, or one with a --limit,
@@ -81,6 +81,7 @@ def embed(
         begun by another checkpoint, from another gallery, or with another dtype.
     """
     from cir_jax.data.records import open_gallery
+    from cir_jax.methods import kinds
     from cir_jax.model import lasting_name, load
     from cir_jax.vectors import VectorWriter
 
@@ -93,6 +94,7 @@ def embed(
         raise ValueError(f"{source} holds no pictures; there is nothing to embed")
     count = min(len(gallery), limit or len(gallery))
     model = load(checkpoint)
+    reads_texts = kinds(model.config, "item") == ({"text"},)
     # In a block of its own: however it ends, others may write the folder afterwards.
     with VectorWriter(
         dest,
@@ -108,7 +110,11 @@ def embed(
                 stop = min(start + shard_size, count)
                 for first in range(start, stop, batch_size):
                     rows = range(first, min(first + batch_size, stop))
-                    examples, broken = read_pictures(gallery, rows, model.config.inputs.image, pool)
+                    if reads_texts:
+                        examples, broken = read_texts(gallery, rows)
+                    else:
+                        spec = model.config.inputs.image
+                        examples, broken = read_pictures(gallery, rows, spec, pool)
                     if strict and broken:
                         raise ValueError(
                             f"{broken[0]['reason']}; without --strict it would be skipped"
@@ -127,6 +133,18 @@ def embed(
         writer.finish()
         report_skipped(writer, Path(dest))
     return Path(dest)
+
+
+def read_texts(gallery, rows: Sequence[int]) -> tuple[list[dict], list[dict]]:
+    """(examples, skipped) of some gallery rows, for a model whose items are texts: `{"id", "text"}`."""
+    examples, skipped = [], []
+    for row in rows:
+        text = gallery[row].get("text")
+        if text and text.strip():
+            examples.append({"id": gallery.ids[row], "text": text})
+        else:
+            skipped.append({"id": gallery.ids[row], "reason": f"{gallery.ids[row]}: has no text"})
+    return examples, skipped
 
 
 def check_progress(writer, gallery) -> None:

@@ -512,7 +512,10 @@ def main(argv: list[str] | None = None) -> None:
     keep_compiled(arguments.cache)
     output = arguments.output or Path("results") / Path(arguments.config).stem
     evaluation = with_limit(with_variants(evaluation, arguments.variant), arguments.limit or 0)
-    print_table(evaluate(evaluation, output, arguments.batch_size))
+    rows = evaluate(evaluation, output, arguments.batch_size)
+    print_table(rows)
+    for name in dict.fromkeys(each["name"] for row in rows for each in row["checkpoints"]):
+        print(f"model {printable(_model(name).identity)}")
     print(f"results and ranks in {output}; pictures and curves in {output / 'report.html'}")
 
 

@@ -65,6 +65,7 @@ IS = {
     "SHA-256 sums by file": lambda x: (
         type(x) is dict and all(_is_file_name(k) and _is_sum(v) for k, v in x.items())
     ),
+    "texts by name": lambda x: type(x) is dict and all(type(v) is str for v in x.values()),
     "float32 or float16": lambda x: x in ("float32", "float16"),
     "float32, float16 or bfloat16": lambda x: x in ("float32", "float16", "bfloat16"),
     "exact or scann": lambda x: x in ("exact", "scann"),
@@ -110,6 +111,8 @@ FIELDS = {
         "sums": "SHA-256 sums by file",
     },
 }
+# Fields that a manifest may lack.
+OPTIONAL = {"checkpoint": {"modules": "texts by name"}}
 
 
 def local_path(path: str | os.PathLike) -> Path:
@@ -322,7 +325,8 @@ def read_manifest(folder: str | os.PathLike, kind: str) -> dict[str, Any]:
         raise ValueError(
             f"{folder.absolute()} holds {reprlib.repr(found)}, expected {kind!r}; {made_by}"
         )
-    refuse_manifest(folder, kind, field_faults(manifest, FIELDS[kind]))
+    optional = {name: x for name, x in OPTIONAL.get(kind, {}).items() if name in manifest}
+    refuse_manifest(folder, kind, field_faults(manifest, FIELDS[kind] | optional))
     return manifest
 
 

@@ -3,7 +3,7 @@
 import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from cir_jax import sharding
 from cir_jax.checkpoint import read_model
 from cir_jax.data.inputs import prepare_batch, shorten
 from cir_jax.memory import halved_once
-from cir_jax.methods import METHODS, method_name, reranks
+from cir_jax.methods import kinds, reranks
 
 PACKAGED = Path(__file__).resolve().parent / "weights"
 
@@ -42,6 +42,7 @@ class Model:
     """What `cir_jax.load` returns.
 
     `fingerprint` identifies config, parameters and vocabulary; vectors and indexes remember it and refuse others.
+    `modules` are those of its parts, of a converted model (`cir_jax.convert`).
     """
 
     config: Any
@@ -49,6 +50,13 @@ class Model:
     params: Any
     fingerprint: str = ""
     name: str = ""
+    modules: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def identity(self) -> str:
+        """Name and fingerprints in a line."""
+        parts = ", ".join(f"{name} {mark}" for name, mark in self.modules.items())
+        return f"{self.name} {self.fingerprint}{f' ({parts})' if parts else ''}"
 
     def encode(
         self,
@@ -63,9 +71,11 @@ class Model:
         a vector for each text and True where there is one; M is the largest number of texts.
 
         Args:
-          part: the side of the model; an item is a picture, a query may be text, a picture, or both.
+          part: the side of the model; an item is a picture (of a model of texts a text), a query may be text, a
+            picture, or both.
           examples: mappings with `image` (path, bytes, PIL picture or uint8 array `[H, W, 3]`) and/or `text`;
-            anything else in the sequence is taken as a picture (`item`) or, if a string, as a text (`query`).
+            anything else in the sequence is taken as a picture (`item`) or, if a string, as a text (`query`, and items
+            of a model of texts).
           batch_size: most rows computed at once; spread over this process's devices.
           progress: called with the number of rows done after each batch.
 
@@ -136,7 +146,7 @@ class Model:
             "text": jax.ShapeDtypeStruct((1, inputs.text.length), np.int32),
             "text_mask": jax.ShapeDtypeStruct((1, inputs.text.length), bool),
         }
-        kind = METHODS[method_name(self.config)][1].query_kinds[0] if part == "query" else {"image"}
+        kind = kinds(self.config, part)[0]
         batch = {name: x for name, x in shapes.items() if name.partition("_")[0] in kind}
         leaves = jax.tree.leaves(_encode.eval_shape(self.graph, self.params, part, batch))
         return sum(x.size * x.dtype.itemsize for x in leaves)
@@ -213,12 +223,12 @@ def as_example(part: str, value, kinds: Sequence[set[str]], model: str = "") -> 
     """A raw example as a mapping of one of the `kinds`; see `Model.encode` for what may stand in for one."""
     if isinstance(value, Mapping):
         example = {k: v for k, v in value.items() if k in ("image", "text") and v is not None}
-    elif part == "query" and isinstance(value, str):
+    elif isinstance(value, str) and (part == "query" or kinds == ({"text"},)):
         example = {"text": value}
     else:
         example = {"image": value}
-    if part == "item":
-        example = {k: v for k, v in example.items() if k == "image"}
+    if part == "item":  # a gallery may know more of an item than a model reads
+        example = {k: v for k, v in example.items() if k in set().union(*kinds)}
     if set(example) not in kinds:
         wanted = ", or ".join(" and ".join(sorted(kind)) for kind in kinds)
         found = " and ".join(sorted(example)) or "neither text nor image"
@@ -234,10 +244,9 @@ def _batches(part, examples, batch_size, model):
     Examples are read once, in order; those of another kind than the current batch start the next one.
     """
     config = model.config
-    kinds = METHODS[method_name(config)][1].query_kinds if part == "query" else ({"image"},)
     rows, waiting = [], []
     for row in range(len(examples)):
-        example = as_example(part, examples[row], kinds, model.name)
+        example = as_example(part, examples[row], kinds(config, part), model.name)
         if waiting and (len(waiting) == batch_size or waiting[0].keys() != example.keys()):
             yield rows, prepare_batch(waiting, config.inputs)
             rows, waiting = [], []
@@ -269,4 +278,5 @@ def lasting_name(name: str | os.PathLike) -> str:
 def load(name: str | os.PathLike) -> Model:
     """The model in a checkpoint folder, or a packaged one by its name (`"emoji_text"`)."""
     config, graph, params, manifest = read_model(find_model(name))
-    return Model(config, graph, params, manifest["fingerprint"], Path(name).name)
+    modules = manifest.get("modules", {})
+    return Model(config, graph, params, manifest["fingerprint"], Path(name).name, modules)

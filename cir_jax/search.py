@@ -96,6 +96,7 @@ def main(argv: list[str] | None = None) -> None:
             f"{arguments.index} does not say which model made it; name it with --checkpoint"
         )
     model = load(checkpoint)
+    reranker = load(arguments.rerank) if arguments.rerank else None
     if arguments.text is not None:
         report_cut(arguments.text, model.config.inputs.text)
     results = search(
@@ -105,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
         image=arguments.image,
         document=document,
         k=arguments.k,
-        reranker=load(arguments.rerank) if arguments.rerank else None,
+        reranker=reranker,
         candidates=arguments.candidates,
         fusion=arguments.fusion,
         exclude=arguments.exclude,
@@ -113,6 +114,8 @@ def main(argv: list[str] | None = None) -> None:
         document_id=arguments.document.stem if arguments.document else "",
     )
     print_results(results)
+    for each in filter(None, (model, reranker)):
+        print(f"model {printable(each.identity)}", file=sys.stderr)
     if arguments.html:
         from cir_jax.report import search_page
 

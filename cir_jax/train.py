@@ -125,7 +125,8 @@ def check_experiment(config: Experiment) -> None:
     if not config.data:
         raise ValueError("data is empty; an experiment needs at least one training set")
     method = config.method
-    words, tower = tokenizer(method.inputs.text), getattr(method, "encoder", None) or method.text
+    towers = (getattr(method, name, None) for name in ("encoder", "text", "bert"))
+    words, tower = tokenizer(method.inputs.text), next(filter(None, towers))
     special = METHODS[method_name(method)][1].special_rows
     if words.size + special > tower.vocabulary:
         raise ValueError(
@@ -353,8 +354,12 @@ def training_batches(config: Experiment, start: int):
 
 
 def check_parts(datasets, config: Experiment) -> None:
-    """Refuse training sets whose queries have other parts than the method takes; a part too many would be ignored."""
+    """Refuse training sets whose queries have other parts than the method takes; a part too many would be ignored.
+
+    Items may know more than the method reads, but not less.
+    """
     from cir_jax.methods import METHODS, method_name
+    from cir_jax.methods import kinds as kinds_of
 
     name = method_name(config.method)
     kinds = METHODS[name][1].query_kinds
@@ -365,6 +370,12 @@ def check_parts(datasets, config: Experiment) -> None:
             found, wanted = " and ".join(sorted(parts)), [" and ".join(sorted(k)) for k in kinds]
             raise ValueError(
                 f"the queries of {data.root or data.name} consist of {found}; {name} takes {', or '.join(wanted)}"
+            )
+        needed, item = kinds_of(config.method, "item")[0], dataset[0]["item"] if query else {}
+        if query and needed - item.keys():
+            raise ValueError(
+                f"the items of {data.root or data.name} have {' and '.join(sorted(item))}; {name} needs "
+                f"{' and '.join(sorted(needed))}"
             )
 
 
@@ -447,7 +458,15 @@ def parse(argv: list[str] | None) -> tuple[Experiment, Arguments]:
     default = Given(**fields, workdir=tyro.MISSING)
     prog = f"python -m cir_jax.train {argv[0]}"
     about = f"{Arguments.__doc__}\n{Experiment.__doc__}"
-    given = tyro.cli(Given, args=argv[1:], prog=prog, default=default, description=about)
+    # Where a field may be one of several classes, the config has chosen: no sub-command on the command line.
+    given = tyro.cli(
+        Given,
+        args=argv[1:],
+        prog=prog,
+        default=default,
+        description=about,
+        config=(tyro.conf.AvoidSubcommands,),
+    )
     config = Experiment(**{field: getattr(given, field) for field in fields})
     arguments = Arguments(argv[0], given.workdir, cache=given.cache, limit=given.limit)
     return with_limit(config, given.limit) if given.limit else config, arguments

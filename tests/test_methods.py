@@ -20,7 +20,7 @@ from cir_jax.data.emoji import VOCABULARY
 from cir_jax.data.images import ImageSpec
 from cir_jax.data.inputs import Inputs, prepare_batch
 from cir_jax.data.text import TextSpec, tokenizer
-from cir_jax.methods import METHODS, build, method_name
+from cir_jax.methods import METHODS, build, kinds, method_name
 from cir_jax.model import Model
 
 INPUTS = Inputs(image=ImageSpec(size=32), text=TextSpec(vocab=str(VOCABULARY), length=16))
@@ -69,15 +69,18 @@ def raw_queries(name, n=8):
     return [{part: pair["query"][part] for part in kind} for pair in pairs()[:n]]
 
 
-def raw_items(n=8):
-    return [{"image": pair["item"]["image"]} for pair in pairs()[:n]]
+def raw_items(name, n=8):
+    """Items of the first kind that a method names."""
+    kind = kinds(METHODS[name][0].tiny(INPUTS), "item")[0]
+    items = [{"text": pair["query"]["text"][::-1], **pair["item"]} for pair in pairs()[:n]]
+    return [{part: item[part] for part in kind} for item in items]
 
 
 def training_batch(name):
     """A batch as the pipeline would make it."""
     batch = {
         "query": prepare_batch(raw_queries(name), INPUTS),
-        "item": prepare_batch(raw_items(), INPUTS),
+        "item": prepare_batch(raw_items(name), INPUTS),
     }
     batch["item"]["group"] = np.arange(len(pairs()), dtype=np.int32)
     return batch
@@ -90,7 +93,7 @@ def loss_of(name):
 
 
 def encoded(model, part, name, n=8):
-    return model.encode(part, raw_queries(name, n) if part == "query" else raw_items(n))
+    return model.encode(part, raw_queries(name, n) if part == "query" else raw_items(name, n))
 
 
 @pytest.fixture(params=sorted(METHODS))
@@ -119,7 +122,7 @@ def test_vectors_are_finite_and_of_unit_length(name, part):
 @pytest.mark.parametrize("name", RETRIEVERS)
 def test_neighbours_in_a_batch_do_not_change_a_row(name, part):
     together = encoded(tiny(name), part, name, 5)
-    examples = raw_queries(name, 5) if part == "query" else raw_items(5)
+    examples = raw_queries(name, 5) if part == "query" else raw_items(name, 5)
     alone = np.concatenate([tiny(name).encode(part, [example]) for example in examples])
     np.testing.assert_allclose(together, alone, atol=5e-6)
 
@@ -139,7 +142,7 @@ def test_a_query_of_another_kind_is_refused(name):
 @pytest.mark.parametrize("name", RERANKERS)
 def test_features_of_a_re_ranker_are_rows_on_the_host(name):
     model = drawn(METHODS[name][0].tiny(INPUTS))
-    for part, raw in (("query", raw_queries(name, 3)), ("item", raw_items(3))):
+    for part, raw in (("query", raw_queries(name, 3)), ("item", raw_items(name, 3))):
         leaves = jax.tree.leaves(model.features(part, raw, batch_size=2))
         assert all(isinstance(x, np.ndarray) and len(x) == 3 for x in leaves)
         assert {x.dtype for x in leaves} <= {np.dtype(np.float32), np.dtype(bool)}
@@ -219,8 +222,8 @@ def test_a_saved_model_comes_back_whole(name, tmp_path):
 def test_half_precision_on_disk_keeps_directions(tmp_path):
     model = tiny("clip")
     save_model(tmp_path / "half", model.config, model.params, dtype="float16")
-    half = cir_jax.load(tmp_path / "half").encode("item", raw_items())
-    assert (half * model.encode("item", raw_items())).sum(1).min() > 0.9999
+    half = cir_jax.load(tmp_path / "half").encode("item", raw_items("clip"))
+    assert (half * model.encode("item", raw_items("clip"))).sum(1).min() > 0.9999
 
 
 def test_config_round_trips_through_json(name):

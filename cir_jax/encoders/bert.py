@@ -1,6 +1,6 @@
 """BERT (Devlin et al. 2018), and with `image_width` the text encoder of BLIP, whose layers also look at a picture.
 
-Post-norm layers, exact GELU, LayerNorm with epsilon 1e-12, absolute positions. Follows Hugging Face `BertModel` and
+Post-norm layers, exact GELU, absolute positions. Follows Hugging Face `BertModel` and
 salesforce/BLIP `models/med.py`.
 """
 
@@ -25,8 +25,6 @@ from cir_jax.encoders.layers import (
     subkey,
 )
 
-EPSILON = 1e-12
-
 
 @dataclass(frozen=True)
 class BertConfig:
@@ -34,7 +32,7 @@ class BertConfig:
 
     `length` is the number of positions. `types` rows of token-type embeddings (only row 0 is used; 0 = no table).
     `image_width` is the width of the picture tokens that every layer attends to; 0 = no cross-attention.
-    `dropout` acts only where a key is given.
+    `dropout` acts only where a key is given; `epsilon` is that of every LayerNorm.
     """
 
     vocabulary: int = 30522
@@ -46,6 +44,7 @@ class BertConfig:
     types: int = 2
     image_width: int = 0
     dropout: float = 0.1
+    epsilon: float = 1e-12
 
 
 BERT_BASE = BertConfig()
@@ -59,7 +58,7 @@ class Embeddings(nnx.Module):
         self.embedding = normal(rngs, (config.vocabulary, config.width), 0.02)
         self.positions = normal(rngs, (config.length, config.width), 0.02)
         self.types = normal(rngs, (config.types, config.width), 0.02) if config.types else None
-        self.ln = layer_norm(config.width, rngs, EPSILON)
+        self.ln = layer_norm(config.width, rngs, config.epsilon)
         self.dropout = config.dropout
 
     def __call__(self, ids: jax.Array, key: jax.Array | None = None) -> jax.Array:
@@ -85,10 +84,10 @@ class Branch(nnx.Module):
             "dtype": dtype,
         }
         self.attention = Attention(width, config.heads, **std, rngs=rngs)
-        self.ln1 = layer_norm(width, rngs, EPSILON)
+        self.ln1 = layer_norm(width, rngs, config.epsilon)
         looks, std["kv_width"] = config.image_width > 0, config.image_width
         self.cross = Attention(width, config.heads, **std, rngs=rngs) if looks else None
-        self.ln2 = layer_norm(width, rngs, EPSILON) if looks else None
+        self.ln2 = layer_norm(width, rngs, config.epsilon) if looks else None
 
     def read(self, x, mask, key=None, first=False):
         """Self-attention with residual and norm; `first` computes position 0 only, as `[B, 1, width]`."""
@@ -112,7 +111,7 @@ class Block(nnx.Module):
     def __init__(self, config: BertConfig, *, dtype: Dtype, rngs):
         self.branch = Branch(config, dtype=dtype, rngs=rngs)
         self.mlp = feed_forward(config, dtype=dtype, rngs=rngs)
-        self.ln3 = layer_norm(config.width, rngs, EPSILON)
+        self.ln3 = layer_norm(config.width, rngs, config.epsilon)
         self.dropout = config.dropout
 
     def __call__(self, x, mask, tokens, key=None, first=False):

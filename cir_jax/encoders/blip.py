@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from cir_jax.encoders.bert import EPSILON, BertConfig, Branch, Embeddings, feed_forward
+from cir_jax.encoders.bert import BertConfig, Branch, Embeddings, feed_forward
 from cir_jax.encoders.layers import (
     Dtype,
     Linear,
@@ -47,7 +47,7 @@ class TwoBranchBlock(nnx.Module):
             else None
         )
         self.mlp = feed_forward(config, dtype=dtype, rngs=rngs)
-        self.ln3 = layer_norm(width, rngs, EPSILON)
+        self.ln3 = layer_norm(width, rngs, config.epsilon)
 
     def merged(self, fused, text):
         """One `[B, N, width]` of the two cross-attention outputs."""

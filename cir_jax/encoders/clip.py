@@ -60,11 +60,11 @@ VIT_B16 = {"vision": VisionConfig(patch=16), "text": TextConfig(), "embed": 512}
 class Block(nnx.Module):
     """Pre-norm transformer block. `depth` is the tower's number of blocks and scales the initial weights."""
 
-    def __init__(self, width, heads, depth, *, activation: Activation, dtype: Dtype, rngs):
+    def __init__(self, width, heads, depth, *, activation: Activation, epsilon, dtype: Dtype, rngs):
         std, out_std = width**-0.5, width**-0.5 * (2 * depth) ** -0.5
-        self.ln1 = layer_norm(width, rngs)
+        self.ln1 = layer_norm(width, rngs, epsilon)
         self.attention = Attention(width, heads, std=std, out_std=out_std, dtype=dtype, rngs=rngs)
-        self.ln2 = layer_norm(width, rngs)
+        self.ln2 = layer_norm(width, rngs, epsilon)
         self.mlp = Mlp(
             width,
             4 * width,
@@ -80,17 +80,15 @@ class Block(nnx.Module):
         return x + self.mlp(self.ln2(x))
 
 
-def _blocks(config, activation, dtype, rngs):
-    make = lambda rngs: Block(
-        config.width, config.heads, config.layers, activation=activation, dtype=dtype, rngs=rngs
-    )
+def _blocks(config, rngs, **options):
+    make = lambda rngs: Block(config.width, config.heads, config.layers, rngs=rngs, **options)
     return stack(make, config.layers, rngs)
 
 
 class ClipVision(nnx.Module):
     """Pictures `[B, S, S, 3]` -> `[B, embed]`."""
 
-    def __init__(self, config: VisionConfig, embed, *, activation, dtype, remat, rngs):
+    def __init__(self, config: VisionConfig, embed, *, activation, epsilon, dtype, remat, rngs):
         if config.size % config.patch:
             raise ValueError(
                 f"picture size {config.size} is not a multiple of patch {config.patch}"
@@ -103,9 +101,10 @@ class ClipVision(nnx.Module):
         self.patch_kernel = normal(rngs, shape, (3 * config.patch**2) ** -0.5)
         self.class_token = normal(rngs, (width,), scale)
         self.positions = normal(rngs, (tokens, width), scale)
-        self.ln_pre = layer_norm(width, rngs)
-        self.blocks = _blocks(config, activation, dtype, rngs)
-        self.ln_post = layer_norm(width, rngs)
+        self.ln_pre = layer_norm(width, rngs, epsilon)
+        options = {"activation": activation, "epsilon": epsilon, "dtype": dtype}
+        self.blocks = _blocks(config, rngs, **options)
+        self.ln_post = layer_norm(width, rngs, epsilon)
         self.project = Linear(width, embed, std=scale, bias=False, dtype=dtype, rngs=rngs)
 
     def tokens(self, images: jax.Array, kept: jax.Array | None = None) -> jax.Array:
@@ -135,13 +134,14 @@ class ClipVision(nnx.Module):
 class ClipText(nnx.Module):
     """Token ids `[B, L]` -> `[B, embed]`; L may be any length up to the config's."""
 
-    def __init__(self, config: TextConfig, embed, *, activation, dtype, remat, rngs):
+    def __init__(self, config: TextConfig, embed, *, activation, epsilon, dtype, remat, rngs):
         width = config.width
         self.config, self.remat = config, remat
         self.embedding = normal(rngs, (config.vocabulary, width), 0.02)
         self.positions = normal(rngs, (config.length, width), 0.01)
-        self.blocks = _blocks(config, activation, dtype, rngs)
-        self.ln_final = layer_norm(width, rngs)
+        options = {"activation": activation, "epsilon": epsilon, "dtype": dtype}
+        self.blocks = _blocks(config, rngs, **options)
+        self.ln_final = layer_norm(width, rngs, epsilon)
         self.project = Linear(width, embed, std=width**-0.5, bias=False, dtype=dtype, rngs=rngs)
 
     def __call__(self, ids: jax.Array, words: jax.Array | None = None) -> jax.Array:

@@ -83,7 +83,8 @@ def drop_path(x: jax.Array, rate: float | jax.Array, key: jax.Array | None) -> j
 class Attention(nnx.Module):
     """Multi-head attention, self or cross; kernels stay two-dimensional so that conversion is a transpose.
 
-    `norm` is the epsilon of a LayerNorm between the heads and `out` (sub-LayerNorm); None leaves it out.
+    `norm` is the epsilon of a LayerNorm between the heads and `out` (sub-LayerNorm); None leaves it out. `out_width`
+    is the width of the result, None for `width`.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class Attention(nnx.Module):
         heads,
         *,
         kv_width=None,
+        out_width=None,
         std=None,
         out_std=None,
         dropout=0.0,
@@ -107,7 +109,7 @@ class Attention(nnx.Module):
         self.key = Linear(wide, width, std=std, dtype=dtype, rngs=rngs)
         self.value = Linear(wide, width, std=std, dtype=dtype, rngs=rngs)
         self.ln = None if norm is None else layer_norm(width, rngs, norm)
-        self.out = Linear(width, width, std=out_std, dtype=dtype, rngs=rngs)
+        self.out = Linear(width, out_width or width, std=out_std, dtype=dtype, rngs=rngs)
 
     def project(self, x, kv):
         """Queries `[B, N, H, D / H]` of x, keys and values `[B, M, H, D / H]` of kv."""

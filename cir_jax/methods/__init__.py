@@ -4,6 +4,7 @@ from typing import Any, Protocol
 
 import jax
 
+from cir_jax.methods.bert import BertSentence, BertSentenceConfig
 from cir_jax.methods.blip_cir import BlipCir, BlipCirConfig
 from cir_jax.methods.blip_itm import BlipItm, BlipItmConfig
 from cir_jax.methods.blip_rerank import BlipRerank, BlipRerankConfig
@@ -20,7 +21,7 @@ class Retriever(Protocol):
 
     `query` gives unit rows `[B, D]` (`Model.encode` asks several times where one query has several texts); `item` gives
     unit rows `[B, D]`. A larger score is better. `query_kinds` names the parts that a query may consist of, the main
-    kind first; `special_rows` is how many rows of the table of words a method has beyond the tokenizer's.
+    kind first, and `item_kinds`, if a method has it, those of an item (a picture, if it has not); `special_rows` is how many rows of the table of words a method has beyond the tokenizer's.
     """
 
     query_kinds: tuple[set[str], ...]
@@ -56,6 +57,7 @@ class Reranker(Protocol):
 
 METHODS = {
     "clip": (ClipConfig, Clip),
+    "bert": (BertSentenceConfig, BertSentence),
     "cfir": (CfirConfig, Cfir),
     "blip_cir": (BlipCirConfig, BlipCir),
     "blip_rerank": (BlipRerankConfig, BlipRerank),
@@ -72,6 +74,11 @@ def method_name(config) -> str:
 def reranks(config) -> bool:
     """True if a method's config describes a `Reranker`, False for a `Retriever`."""
     return hasattr(METHODS[method_name(config)][1], "score")
+
+
+def kinds(config, part: str) -> tuple[set[str], ...]:
+    """The parts that a "query" or an "item" of a method may consist of, the main kind first."""
+    return getattr(METHODS[method_name(config)][1], f"{part}_kinds", ({"image"},))
 
 
 def build(config, rngs):

@@ -15,20 +15,22 @@ from cir_jax.data.inputs import Inputs
 from cir_jax.data.text import tokenizer
 from cir_jax.encoders.clip import ClipText, ClipVision, TextConfig, VisionConfig
 from cir_jax.encoders.layers import Activation, Dtype, unit
+from cir_jax.encoders.resnet import ClipResnet, ResnetConfig
 
 
 @dataclass(frozen=True)
 class ClipConfig:
     """Architecture, inputs and training; the defaults are OpenAI's ViT-B/32.
 
-    `largest_scale` caps the learned inverse temperature (100 in the paper); `patches_kept` is the share of each
+    `vision` is a transformer or a modified ResNet; `epsilon` that of every LayerNorm. `largest_scale` caps the learned inverse temperature (100 in the paper); `patches_kept` is the share of each
     picture's patches that training reads (Li et al. 2023, "FLIP"): cheaper steps, and harder to learn by heart.
     """
 
-    vision: VisionConfig = field(default_factory=VisionConfig)
+    vision: VisionConfig | ResnetConfig = field(default_factory=VisionConfig)
     text: TextConfig = field(default_factory=TextConfig)
     embed: int = 512
     activation: Activation = "quick_gelu"
+    epsilon: float = 1e-5
     dtype: Dtype = "float32"
     remat: bool = True
     largest_scale: float = 100.0
@@ -62,9 +64,17 @@ class Clip(nnx.Module):
                 f"inputs.text.length is {config.inputs.text.length}, the text tower has "
                 f"{config.text.length} positions; lower it, or raise text.length"
             )
-        options = {"activation": config.activation, "dtype": config.dtype, "remat": config.remat}
-        self.image = ClipVision(config.vision, config.embed, **options, rngs=rngs)
-        self.text = ClipText(config.text, config.embed, **options, rngs=rngs)
+        common = {"dtype": config.dtype, "remat": config.remat, "rngs": rngs}
+        options = {**common, "activation": config.activation, "epsilon": config.epsilon}
+        if isinstance(config.vision, ResnetConfig):
+            if config.patches_kept < 1:
+                raise ValueError(
+                    f"patches_kept is {config.patches_kept}, but a ResNet has no patches to leave out; set it to 1"
+                )
+            self.image = ClipResnet(config.vision, config.embed, **common)
+        else:
+            self.image = ClipVision(config.vision, config.embed, **options)
+        self.text = ClipText(config.text, config.embed, **options)
         self.logit_scale = nnx.Param(jnp.log(jnp.asarray(1 / 0.07, float)))
         self.config = config
 
@@ -86,10 +96,10 @@ class Clip(nnx.Module):
         return parts[0] if len(parts) == 1 else unit(parts[0] + parts[1])
 
     def _picture(self, images, key) -> jax.Array:
-        share, kept = self.config.patches_kept, None
-        if key is not None and share < 1:
-            kept = self.image.random_patches(len(images), share, key)
-        return unit(self.image(images, kept))
+        share = self.config.patches_kept
+        if key is None or share == 1:
+            return unit(self.image(images))
+        return unit(self.image(images, self.image.random_patches(len(images), share, key)))
 
     def scale(self) -> jax.Array:
         """The learned inverse temperature, capped."""
