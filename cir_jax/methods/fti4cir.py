@@ -104,17 +104,16 @@ class LocalAttributes(nnx.Module):
     """A picture's tokens `[B, N, width]` -> candidates for its attributes `[B, count, embed]` in (0, 1)."""
 
     def __init__(self, count, width, embed, layers, heads, *, remat=True, dtype="float32", rngs):
-        self.queries = normal(rngs, (count, width), 1.0)
+        self.queries = normal(rngs, (1, count, width), 1.0)
         make = lambda rngs: AttributeBlock(width, heads, dtype=dtype, rngs=rngs)
         self.blocks = stack(make, layers, rngs)
         self.project = uniform_linear(width, embed, dtype=dtype, rngs=rngs)
         self.remat = remat
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        shape = (len(tokens), *self.queries[...].shape)
-        x = jnp.concatenate([jnp.broadcast_to(self.queries[...], shape), tokens], axis=1)
-        x = run(self.blocks, x, remat=self.remat)
-        return jax.nn.sigmoid(self.project(x[:, : shape[1]]))
+        queries = jnp.repeat(self.queries[...], len(tokens), axis=0)
+        x = run(self.blocks, jnp.concatenate([queries, tokens], axis=1), remat=self.remat)
+        return jax.nn.sigmoid(self.project(x[:, : queries.shape[1]]))
 
 
 class Chosen(NamedTuple):
