@@ -22,6 +22,7 @@ from cir_jax.data.text import TextSpec, tokenizer
 from cir_jax.encoders.pseudo_words import Mapper, read
 from cir_jax.methods import fti4cir
 from cir_jax.methods.fti4cir import Fti4cir, Fti4cirConfig, LocalAttributes, choose, orthogonality
+from cir_jax.methods.inversion import FROZEN
 
 # Sum of the candidates of both pictures, and the first four numbers of the first, by the number of heads.
 CANDIDATES = {
@@ -446,7 +447,7 @@ def test_the_prompt_in_words_is_a_fixed_target():
 
 def test_training_lowers_the_loss_on_four_devices_as_on_one():
     _, graph, params = tiny()
-    own, clip = optim.split_frozen(params, fti4cir.FROZEN)
+    own, clip = optim.split_frozen(params, FROZEN)
     assert set(clip) == {"clip"} and "clip" not in own
     loss = lambda own, data: nnx.merge(graph, optim.join(own, clip)).loss(data, None)[0]
 

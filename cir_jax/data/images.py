@@ -41,6 +41,8 @@ class ImageSpec:
       mean: subtracted from values in [0, 1].
       std: divides the difference.
       target_ratio: long side by short side, for "targetpad" alone.
+      scale_by_brightest: the square's largest value becomes 1 instead of 255 (MagicLens, which takes the largest of
+        the picture before its resize).
     """
 
     size: int = 224
@@ -52,6 +54,7 @@ class ImageSpec:
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
     target_ratio: float = 1.25
+    scale_by_brightest: bool = False
 
     def __post_init__(self):
         if self.size < 1:
@@ -117,7 +120,7 @@ def crop(image: Source, spec: ImageSpec) -> np.ndarray:
 def prepare(image: Source, spec: ImageSpec) -> np.ndarray:
     """The normalised square, `[size, size, 3]` float32; the operations and their order are torchvision's."""
     values = crop(image, spec).astype(np.float32)
-    values /= np.float32(255)
+    values /= np.float32(max(values.max(), 1) if spec.scale_by_brightest else 255)
     values -= np.asarray(spec.mean, np.float32)
     values /= np.asarray(spec.std, np.float32)
     return values

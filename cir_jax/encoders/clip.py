@@ -48,13 +48,15 @@ class TextConfig:
 
 
 # The sizes that OpenAI published with a vision transformer, as fields of a config.
-VIT_L14 = {
-    "vision": VisionConfig(patch=14, width=1024, layers=24, heads=16),
-    "text": TextConfig(width=768, heads=12),
-    "embed": 768,
+OPENAI_VITS = {
+    "L/14": {
+        "vision": VisionConfig(patch=14, width=1024, layers=24, heads=16),
+        "text": TextConfig(width=768, heads=12),
+        "embed": 768,
+    },
+    "B/32": {"vision": VisionConfig(patch=32), "text": TextConfig(), "embed": 512},
+    "B/16": {"vision": VisionConfig(patch=16), "text": TextConfig(), "embed": 512},
 }
-VIT_B32 = {"vision": VisionConfig(patch=32), "text": TextConfig(), "embed": 512}
-VIT_B16 = {"vision": VisionConfig(patch=16), "text": TextConfig(), "embed": 512}
 
 
 class Block(nnx.Module):

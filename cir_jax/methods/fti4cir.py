@@ -2,11 +2,11 @@
 
 A picture becomes several pseudo-words: one for its subject and one for each attribute that stands out. They fill a
 prompt together with the text of a change, and CLIP's text tower reads it; items are CLIP's vectors of pictures. CLIP
-is not trained: experiments set `optim.frozen` to `FROZEN`.
+is not trained: experiments set `optim.frozen` to `cir_jax.methods.inversion.FROZEN`.
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from flax import nnx
 from cir_jax import losses
 from cir_jax.data.images import ImageSpec
 from cir_jax.data.inputs import Inputs
-from cir_jax.encoders.clip import VIT_B16, VIT_B32, VIT_L14, VisionConfig
+from cir_jax.encoders.clip import OPENAI_VITS, VisionConfig
 from cir_jax.encoders.layers import (
     Attention,
     Mlp,
@@ -38,11 +38,10 @@ from cir_jax.encoders.pseudo_words import (
     vocabulary,
 )
 from cir_jax.methods.clip import Clip, ClipConfig
+from cir_jax.methods.inversion import Size, composed, needed
 
-FROZEN = ("clip/.*",)
 # Between the subject and the attributes of a caption: "a brown dog | laying on the grass".
 SEPARATOR = "|"
-SIZES = {"L/14": VIT_L14, "B/32": VIT_B32, "B/16": VIT_B16}
 
 
 @dataclass(frozen=True)
@@ -74,10 +73,10 @@ class Fti4cirConfig(ClipConfig):
         return cls(clip.vision, text, clip.embed, inputs=inputs, dropout=0.1, **small)
 
     @classmethod
-    def paper(cls, size: Literal["L/14", "B/32", "B/16"] = "L/14") -> "Fti4cirConfig":
+    def paper(cls, size: Size = "L/14") -> "Fti4cirConfig":
         """The paper's model on one of OpenAI's, with the order of its picture transform (RGB comes last)."""
         image = ImageSpec(resize="targetpad", convert_first=False)
-        return cls(**SIZES[size], inputs=Inputs(image=image))
+        return cls(**OPENAI_VITS[size], inputs=Inputs(image=image))
 
 
 class AttributeBlock(nnx.Module):
@@ -243,10 +242,9 @@ class Fti4cir(nnx.Module):
         a reference picture are pulled to their targets, by CLIP's contrastive loss.
         """
         if "image" in batch["query"]:
-            queries, items = self.query(batch["query"], key), self.item(batch["item"])
-            return losses.contrastive(queries, items, self.clip.scale(), batch["item"].get("group"))
-        made = self.invert(batch["item"]["image"], key)
-        texts = self.caption_features(made, batch["query"]["text"])
+            return composed(self, batch, key)
+        made = self.invert(needed(batch, "item", "image"), key)
+        texts = self.caption_features(made, needed(batch, "query", "text"))
         parts = {
             "contrastive": losses.nt_xent(made.feature, texts["whole"], self.config.temperature),
             "orthogonality": orthogonality(made.chosen.features),
