@@ -123,10 +123,10 @@ def full(config):
 
 
 PROMPTS = [
-    (Pic2WordConfig(), "a photo of *", "a photo of * , is red $ and is blue", {4: 0}),
-    (SearleConfig(), "a photo of $", "a photo of $ that is red $ and is blue", {4: 0}),
-    (LinCirConfig(), "a photo of $", "a photo of $ that is red $ and is blue", {4: 0}),
-    (LinCirConfig.paper(), "a photo of $", "a photo of $ that is red $ and is blue", {4: 0, 8: 0}),
+    (Pic2WordConfig(), "a photo of *", "a photo of * , is red $ and is blue", [4]),
+    (SearleConfig(), "a photo of $", "a photo of $ that is red $ and is blue", [4]),
+    (LinCirConfig(), "a photo of $", "a photo of $ that is red $ and is blue", [4]),
+    (LinCirConfig.paper(), "a photo of $", "a photo of $ that is red $ and is blue", [4, 8]),
 ]
 
 
@@ -137,7 +137,7 @@ def test_prompts(config, short, long, places):
     for prompt, expected in ((method.prompt(), short), (method.prompt(text), long)):
         length = prompt.ids.shape[1]
         np.testing.assert_array_equal(prompt.ids, tokenize([expected])[0][:, :length])
-    assert dict(zip(*np.nonzero(prompt.slots >= 0)[1:], [0] * 9)) == places
+    assert np.flatnonzero(np.asarray(prompt.slots[0]) >= 0).tolist() == places
 
 
 def test_golden_prompt_of_pic2word():
@@ -313,22 +313,23 @@ def test_templates_are_those_of_the_original():
         "An illustrations of a {}",
     )
     assert TEMPLATES[12:15] == ("A {}", "We see a {}", "{}")
-    assert TEMPLATES[-1] == "{} illustration" and TEMPLATES[15] == "We see a {} in this photo"
+    assert TEMPLATES[15:17] == ("We see a {} in this photo", "We see a {} in this image")
+    assert TEMPLATES[20:22] == ("We see a {} illustration", "{} photo")
 
 
 def test_found_words_resemble_their_pictures():
     graph, params = tiny("searle")
-    method = nnx.merge(graph, params)
+    method = nnx.merge(graph, jax.tree.map(jnp.asarray, params))
     features = jnp.asarray(np.random.default_rng(3).normal(size=(2, 16)), jnp.float32)
     phrases = [[("an owl sits", "owl"), ("the owl of owls", "owl")], [("a red hat", "hat")]]
     find = lambda **options: invert(
-        method, features, jax.random.key(0), phrases, decay=0.5, **options
+        method, features, jax.random.key(0), phrases, decay=0.5, lr=0.05, **options
     )
     score = jax.jit(lambda x: method.read(method.prompt(), x[:, None]))
     close = lambda tokens: 1 - cosine_distance(np.asarray(score(tokens)), np.asarray(features))
-    before, after = find(steps=0), find(steps=30)
+    before, after = find(steps=0), find(steps=60)
     assert before.shape == (2, 32) and 0.01 < before.std() < 0.03
-    assert close(after) > close(before) + 0.1
+    assert close(after) > close(before) + 0.05
 
 
 def test_phrases_get_a_star_at_the_first_place_of_the_concept():

@@ -18,6 +18,7 @@ from cir_jax.data.text import tokenizer
 from cir_jax.methods.inversion import Inversion
 
 _KINDS = ("photo", "illustration", "sketch", "diagram")
+_PLACES = ("photo", "image", "illustration")
 # "illustrations" is so in the original.
 _NAMES = ("A photo of a", "An illustrations of a", "A sketch of a", "A diagram of a")
 # Prompts of PALAVRA (Cohen et al. 2022) in the order of SEARLE; {} is the place of the concept.
@@ -34,9 +35,9 @@ TEMPLATES = (
     "A {}",
     "We see a {}",
     "{}",
-    *(f"We see a {{}} in this {kind}" for kind in _KINDS[:3]),
-    *(f"We see a {{}} {kind}" for kind in _KINDS[:3]),
-    *(f"{{}} {kind}" for kind in _KINDS[:3]),
+    *(f"We see a {{}} in this {kind}" for kind in _PLACES),
+    *(f"We see a {{}} {kind}" for kind in _PLACES),
+    *(f"{{}} {kind}" for kind in _PLACES),
 )
 
 
