@@ -21,7 +21,7 @@ from cir_jax.data.inputs import Inputs
 from cir_jax.data.text import TextSpec, tokenizer
 from cir_jax.encoders.pseudo_words import Mapper, read
 from cir_jax.methods import fti4cir
-from cir_jax.methods.fti4cir import Fti4cir, Fti4cirConfig, LocalAttributes, choose, orthogonality
+from cir_jax.methods.fti4cir import Fti4cir, Fti4cirConfig, LocalAttributes, orthogonality
 from cir_jax.methods.inversion import FROZEN
 
 # Sum of the candidates of both pictures, and the first four numbers of the first, by the number of heads.
@@ -92,6 +92,10 @@ def golden_outputs(dtype, heads):
     return model, jax.jit(lambda model, x: model.attributes(x))(model, tokens), features
 
 
+choose = functools.partial(jax.jit, static_argnums=(2, 3))(fti4cir.choose)
+shares = jax.jit(fti4cir.attention_shares)
+
+
 # ---- golden values ----
 
 
@@ -104,7 +108,7 @@ def test_candidates(precision, heads):
     close(np.asarray(candidates, np.float64).sum(), total, tolerance)
     close(candidates[0, 0, :4], first, tolerance)
     if heads == 1:
-        close(fti4cir.attention_shares(candidates, features), SHARES, tolerance)
+        close(shares(candidates, features), SHARES, tolerance)
 
 
 def test_all_attributes_above_a_low_threshold(precision):
@@ -115,8 +119,14 @@ def test_all_attributes_above_a_low_threshold(precision):
     assert chosen.rows.tolist() == [[0, 1, 3, 4], [0, 2, 3, 5]]
     close(np.asarray(chosen.features, np.float64).sum(), 22.598720130946, tolerance)
     close(chosen.features[0, 0, :3], (0.344505686, 0.346262029, 0.392921732), tolerance)
-    close(orthogonality(chosen.features), 0.748608109, tolerance)
-    subject, attributes = model.subject_mapper(features), model.attribute_mapper(chosen.features)
+    subject, attributes, apart = jax.jit(
+        lambda model, g, chosen: (
+            model.subject_mapper(g),
+            model.attribute_mapper(chosen),
+            orthogonality(chosen),
+        )
+    )(model, features, chosen.features)
+    close(apart, 0.748608109, tolerance)
     close(subject.sum(), -1.431494224, tolerance)
     close(subject[0, :3], (-0.041420316, -0.085813663, -0.149877376), tolerance)
     close(np.asarray(attributes, np.float64).sum(), 3.903996650, tolerance)
@@ -137,9 +147,9 @@ def test_some_attributes_above_a_high_threshold(precision):
 def test_losses(precision):
     dtype, tolerance = precision
     sine = lambda *arguments: golden.sine(*arguments).astype(dtype)
-    value = losses.nt_xent(sine((4, 8), 0.1, 0.3), sine((4, 8), 0.2, 1.0), 0.2)
+    value = jax.jit(losses.nt_xent)(sine((4, 8), 0.1, 0.3), sine((4, 8), 0.2, 1.0), 0.2)
     close(value, 6.006351092646, tolerance)
-    value = losses.cosine(sine((3, 5), 0.4, 0.1), sine((3, 5), 0.9, 0.2))
+    value = jax.jit(losses.cosine)(sine((3, 5), 0.4, 0.1), sine((3, 5), 0.9, 0.2))
     close(value, 0.944838827375, tolerance)
 
 
@@ -228,6 +238,11 @@ def paper():
     return abstract(Fti4cirConfig.paper())
 
 
+# The method is part of these functions: it has no numbers that a prompt would need.
+def prompts(*arguments):
+    return jax.jit(paper().prompt)(*arguments)
+
+
 def ids_of(*texts):
     return tokenizer(TextSpec())(texts)[0]
 
@@ -246,11 +261,11 @@ def slots(prompt, row):
 
 
 def test_golden_prompts():
-    made = paper().prompt(np.array([3]), ids_of("is shiny and silver"))
+    made = prompts(np.array([3]), ids_of("is shiny and silver"))
     expected = [49406, 320, 1125, 539, 265, 593, 265, 265, 265, 767, 533, 12190, 537, 3467, 49407]
     assert made.ids[0, :15].tolist() == expected and not made.ids[0, 15:].any()
     assert slots(made, 0) == {4: 0, 6: 1, 7: 2, 8: 3}
-    made = paper().prompt(np.array([2]))
+    made = prompts(np.array([2]))
     assert made.ids[0, :9].tolist() == [49406, 320, 1125, 539, 265, 593, 265, 265, 49407]
     assert not made.ids[0, 9:].any()
 
@@ -259,8 +274,8 @@ def test_prompts_of_rows_with_different_counts():
     counts = np.arange(1, 13)
     texts = [f"is {'very ' * n}shiny, and has a * on it" for n in counts]
     whole = lambda r: f"a photo of * with {'* ' * r}"
-    same_ids(paper().prompt(counts), *map(whole, counts))
-    made = paper().prompt(counts, ids_of(*texts))
+    same_ids(prompts(counts), *map(whole, counts))
+    made = prompts(counts, ids_of(*texts))
     same_ids(made, *(f"{whole(r)}but {text}" for r, text in zip(counts, texts)))
     for row, r in enumerate(counts):  # a star in the text of a person is a star
         assert slots(made, row) == {4: 0} | {6 + n: n + 1 for n in range(r)}
@@ -268,7 +283,7 @@ def test_prompts_of_rows_with_different_counts():
 
 def test_a_long_text_is_cut_like_any():
     text = "red " * 90
-    made = paper().prompt(np.array([12]), ids_of(text))
+    made = prompts(np.array([12]), ids_of(text))
     same_ids(made, f"a photo of * with {'* ' * 12}but {text}")
     assert made.ids.shape == (1, 77) and made.ids[0, -1] == 49407
 
@@ -277,7 +292,7 @@ def test_prompts_of_captions():
     captions = [("a brown dog", "laying on the grass"), ("two people", ""), ("the * dog", "by *")]
     rows = ids_of("a brown dog | laying on the grass", "two people", "the * dog | by *")
     counts = np.array([2, 1, 3])
-    made = paper().caption_prompts(counts, rows)
+    made = jax.jit(paper().caption_prompts)(counts, rows)
     stars = ["* " * r for r in counts]
     same_ids(made["subject"], *(f"a photo of * with {a}" for _, a in captions))
     same_ids(made["words"], *(f"a photo of {s} with {a}" for s, a in captions))
