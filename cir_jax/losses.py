@@ -3,8 +3,6 @@
 import jax
 import jax.numpy as jnp
 
-from cir_jax.encoders.layers import unit
-
 
 def contrastive(
     queries: jax.Array, items: jax.Array, scale: jax.Array, groups: jax.Array | None = None
@@ -47,11 +45,11 @@ def listwise(
 
 
 def nt_xent(first: jax.Array, second: jax.Array, temperature: float) -> jax.Array:
-    """SimCLR's loss (Chen et al. 2020) over matching rows `[B, D]` of two kinds, which become unit vectors here.
+    """SimCLR's loss (Chen et al. 2020) over matching unit vectors `[B, D]` of two kinds.
 
     Each of the 2 B rows looks for its partner among all others, those of its own kind included.
     """
-    rows = unit(jnp.concatenate([first, second]))
+    rows = jnp.concatenate([first, second])
     count = len(rows)
     scores = jnp.einsum("id,jd->ij", rows, rows) / temperature
     scores = jnp.where(jnp.eye(count, dtype=bool), jnp.finfo(scores.dtype).min, scores)

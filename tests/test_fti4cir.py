@@ -19,6 +19,7 @@ from cir_jax.data.emoji import VOCABULARY
 from cir_jax.data.images import ImageSpec, crop
 from cir_jax.data.inputs import Inputs
 from cir_jax.data.text import TextSpec, tokenizer
+from cir_jax.encoders.layers import unit
 from cir_jax.encoders.pseudo_words import Mapper, read
 from cir_jax.methods import fti4cir
 from cir_jax.methods.fti4cir import Fti4cir, Fti4cirConfig, LocalAttributes, orthogonality
@@ -147,7 +148,8 @@ def test_some_attributes_above_a_high_threshold(precision):
 def test_losses(precision):
     dtype, tolerance = precision
     sine = lambda *arguments: golden.sine(*arguments).astype(dtype)
-    value = jax.jit(losses.nt_xent)(sine((4, 8), 0.1, 0.3), sine((4, 8), 0.2, 1.0), 0.2)
+    first, second = unit(sine((4, 8), 0.1, 0.3)), unit(sine((4, 8), 0.2, 1.0))
+    value = jax.jit(losses.nt_xent)(first, second, 0.2)
     close(value, 6.006351092646, tolerance)
     value = jax.jit(losses.cosine)(sine((3, 5), 0.4, 0.1), sine((3, 5), 0.9, 0.2))
     close(value, 0.944838827375, tolerance)
@@ -306,10 +308,11 @@ def test_prompts_of_captions():
 
 
 def test_no_star_no_prompt():
-    from cir_jax.encoders.pseudo_words import vocabulary
+    from cir_jax.encoders.layers import unit
+from cir_jax.encoders.pseudo_words import vocabulary
 
     with pytest.raises(ValueError, match="makes 2 ids of '\\* \\*'"):
-        vocabulary(TextSpec(), "* *", ())
+        vocabulary(tokenizer(TextSpec()), "* *", ())
 
 
 # ---- the whole method, tiny ----

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from cir_jax.data.text import TextSpec, tokenizer
 from cir_jax.encoders.clip import ClipText
 from cir_jax.encoders.layers import ACTIVATIONS, Activation, Linear, dropout, subkey
 
@@ -60,26 +59,24 @@ class Words(NamedTuple):
         return Part(jnp.full_like(places, self.star), first + places, kept)
 
 
-def vocabulary(spec: TextSpec, star: str, phrases: Sequence[str]) -> Words:
+def vocabulary(tokenize, star: str, phrases: Sequence[str]) -> Words:
     """What prompts need to know of a tokenizer.
 
     Args:
-      spec: of the tokenizer.
+      tokenize: a `cir_jax.data.text.Tokenizer`.
       star: the word whose places pseudo-words take.
       phrases: that the method's prompts consist of.
 
     Raises:
       ValueError: a vocabulary in which the star is no single id.
     """
-    words = tokenizer(spec)
-    stars, *found = words.content([star, *phrases])
+    stars, *found = tokenize.content([star, *phrases])
     if len(stars) != 1:
         raise ValueError(
-            f"the vocabulary {spec.vocab} of kind {spec.kind!r} makes {len(stars)} ids of {star!r}, expected one; "
-            "use one of kind 'clip_bpe'"
+            f"the vocabulary makes {len(stars)} ids of {star!r}, expected one; use one of kind 'clip_bpe'"
         )
     ids = tuple(map(tuple, found))
-    return Words(words.start, words.end, words.pad, stars[0], tuple(zip(phrases, ids)))
+    return Words(tokenize.start, tokenize.end, tokenize.pad, stars[0], tuple(zip(phrases, ids)))
 
 
 def fixed(ids: Sequence[int]) -> Part:

@@ -15,6 +15,7 @@ from flax import nnx
 from cir_jax import losses
 from cir_jax.data.images import ImageSpec
 from cir_jax.data.inputs import Inputs
+from cir_jax.data.text import tokenizer
 from cir_jax.encoders.clip import OPENAI_VITS, VisionConfig
 from cir_jax.encoders.layers import (
     Attention,
@@ -187,7 +188,7 @@ class Fti4cir(nnx.Module):
         self.subject_mapper = Mapper(embed, hidden, width, **options)
         self.attribute_mapper = Mapper(embed, hidden, width, **options)
         phrases = ("a photo of", "with", "but", SEPARATOR)
-        self.words = vocabulary(config.inputs.text, "*", phrases)
+        self.words = vocabulary(tokenizer(config.inputs.text), "*", phrases)
         self.config = config
 
     def invert(self, images: jax.Array, key: jax.Array | None = None) -> Inverted:
@@ -246,7 +247,9 @@ class Fti4cir(nnx.Module):
         made = self.invert(needed(batch, "item", "image"), key)
         texts = self.caption_features(made, needed(batch, "query", "text"))
         parts = {
-            "contrastive": losses.nt_xent(made.feature, texts["whole"], self.config.temperature),
+            "contrastive": losses.nt_xent(
+                unit(made.feature), unit(texts["whole"]), self.config.temperature
+            ),
             "orthogonality": orthogonality(made.chosen.features),
             "regularisation": regularisation(texts),
             "attributes": made.chosen.counts.mean(),

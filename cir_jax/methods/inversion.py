@@ -17,6 +17,7 @@ from flax import nnx
 from cir_jax import losses
 from cir_jax.data.images import ImageSpec
 from cir_jax.data.inputs import Inputs
+from cir_jax.data.text import tokenizer
 from cir_jax.encoders.clip import OPENAI_VITS
 from cir_jax.encoders.layers import Activation, subkey, unit
 from cir_jax.encoders.pseudo_words import Mapper, Prompt, content, joined, read, starred, vocabulary
@@ -150,7 +151,9 @@ class Inversion(nnx.Module):
             dtype=config.dtype,
             rngs=rngs,
         )
-        self.words = vocabulary(config.inputs.text, config.star, ("a photo of", config.link))
+        self.words = vocabulary(
+            tokenizer(config.inputs.text), config.star, ("a photo of", config.link)
+        )
         self.config = config
 
     def tokens(self, features: jax.Array, key: jax.Array | None = None) -> jax.Array:
@@ -225,7 +228,7 @@ def searle_loss(method: Inversion, batch, key) -> tuple[jax.Array, dict[str, jax
     tokens = method.tokens(method.clip.image(needed(batch, "item", "image")), key)
     if config.distillation:
         found = needed(batch, "item", "token")
-        parts["distillation"] = losses.nt_xent(found, tokens[:, 0], config.temperature)
+        parts["distillation"] = losses.nt_xent(unit(found), unit(tokens[:, 0]), config.temperature)
     if config.phrases:
         phrases = method.clip.text(needed(batch, "item", "text"))
         starry = method.read(method.phrase(needed(batch, "query", "text")), tokens)

@@ -14,6 +14,7 @@ from flax import nnx
 
 from cir_jax.data.images import ImageSpec
 from cir_jax.data.inputs import Inputs
+from cir_jax.data.text import tokenizer
 from cir_jax.encoders.clip import OPENAI_VITS
 from cir_jax.encoders.layers import Linear, Mlp, normal, product, run, stack
 from cir_jax.encoders.pseudo_words import joined, vocabulary
@@ -144,7 +145,7 @@ class MagicLens(nnx.Module):
             dtype=config.dtype,
             rngs=rngs,
         )
-        self.words = vocabulary(config.inputs.text, "*", ("",))
+        self.words = vocabulary(tokenizer(config.inputs.text), "*", ("",))
         self.config = config
 
     def query(self, query: dict[str, jax.Array], key: jax.Array | None = None) -> jax.Array:
