@@ -20,7 +20,7 @@ from cir_jax.data.images import ImageSpec, crop
 from cir_jax.data.inputs import Inputs
 from cir_jax.data.text import TextSpec, tokenizer
 from cir_jax.encoders.layers import unit
-from cir_jax.encoders.pseudo_words import Mapper, read
+from cir_jax.encoders.pseudo_words import Mapper, read, vocabulary
 from cir_jax.methods import fti4cir
 from cir_jax.methods.fti4cir import Fti4cir, Fti4cirConfig, LocalAttributes, orthogonality
 from cir_jax.methods.inversion import FROZEN
@@ -308,9 +308,6 @@ def test_prompts_of_captions():
 
 
 def test_no_star_no_prompt():
-    from cir_jax.encoders.layers import unit
-from cir_jax.encoders.pseudo_words import vocabulary
-
     with pytest.raises(ValueError, match="makes 2 ids of '\\* \\*'"):
         vocabulary(tokenizer(TextSpec()), "* *", ())
 
