@@ -124,11 +124,14 @@ def joined(parts: Sequence[Part], words: Words, longest: int) -> Prompt:
 
 
 def read(tower: ClipText, prompt: Prompt, tokens: jax.Array) -> jax.Array:
-    """The features `[B, embed]` of prompts whose slots hold pseudo-words `tokens` `[B, T, width]`."""
-    slots = prompt.slots[..., None]
-    stand_ins = jnp.take_along_axis(tokens, jnp.maximum(slots, 0), axis=1)
-    words = jnp.where(slots >= 0, stand_ins, tower.embedding[...][prompt.ids])
-    return tower(prompt.ids, words)
+    """The features `[B, embed]` of prompts whose slots hold pseudo-words `tokens` `[B, T, width]`.
+
+    One prompt may serve all rows.
+    """
+    ids, slots = (jnp.broadcast_to(x, (len(tokens), x.shape[1])) for x in prompt)
+    stand_ins = jnp.take_along_axis(tokens, jnp.maximum(slots, 0)[..., None], axis=1)
+    words = jnp.where(slots[..., None] >= 0, stand_ins, tower.embedding[...][ids])
+    return tower(ids, words)
 
 
 def uniform_linear(inputs: int, outputs: int, *, bias=True, dtype, rngs) -> Linear:

@@ -178,8 +178,6 @@ class Inversion(nnx.Module):
 
     def read(self, prompt: Prompt, tokens: jax.Array) -> jax.Array:
         """The features `[B, embed]` of prompts with pseudo-words, not normalised."""
-        rows = jnp.zeros((len(tokens), 1), jnp.int32)
-        prompt = Prompt(prompt.ids + rows, prompt.slots + rows)
         return read(self.clip.text, prompt, tokens)
 
     def query(self, query: dict[str, jax.Array], key: jax.Array | None = None) -> jax.Array:
