@@ -4,6 +4,7 @@ Two kinds. A *model* is what others use: `manifest.json` (method, config, finger
 the vocabulary. A *training state* lives in `WORKDIR/checkpoints/STEP/` with separate items `params`, `frozen`, `opt`.
 """
 
+import asyncio
 import contextlib
 import hashlib
 import json
@@ -18,12 +19,16 @@ from pathlib import Path
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 from flax import nnx, traverse_util
 
 from cir_jax import files
-from cir_jax.config import from_json, to_json
 from cir_jax.methods import METHODS, build, method_name
 from cir_jax.stopping import unstopped
+from cir_jax.typed import from_json, to_json
+
+# Bytes of an array that are compressed and written at once.
+PIECE = 16 * 2**20
 
 
 def abstract_params(config):
@@ -49,7 +54,7 @@ def _portable(config) -> dict:
     return value
 
 
-def _with_vocabulary(config, folder: Path):
+def with_vocabulary(config, folder: Path):
     """The config whose own vocabulary file is the copy inside the checkpoint `folder`."""
     text = config.inputs.text
     if text.vocab == "clip":
@@ -64,13 +69,52 @@ def _vocabulary(config, sums: Mapping[str, str]) -> str:
     return name if name == "clip" else sums[Path(name).name]
 
 
-def _alone() -> ocp.StandardCheckpointer:
-    """A checkpointer that waits for no other process: models are written by one and read by each for itself."""
+def _alone_options() -> ocp.options.MultiprocessingOptions:
     me = jax.process_index()
-    alone = ocp.options.MultiprocessingOptions(
+    return ocp.options.MultiprocessingOptions(
         primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"p{me}"
     )
-    return ocp.StandardCheckpointer(multiprocessing_options=alone)
+
+
+def _alone() -> ocp.StandardCheckpointer:
+    """A checkpointer that waits for no other process: models are written by one and read by each for itself."""
+    return ocp.StandardCheckpointer(multiprocessing_options=_alone_options())
+
+
+class _Sparing(ocp.type_handlers.NumpyHandler):
+    """Copies no array and writes large ones one after the other, in pieces: memory stays near the size of the model.
+
+    Orbax by itself copies all arrays first and compresses all of them at once.
+    """
+
+    def __init__(self):
+        super().__init__(deepcopy_host_arrays=False)
+        self.turn = asyncio.Lock()
+
+    async def _open_and_write(self, value, tspec, ts_context):
+        if value.nbytes <= PIECE // 16:
+            return await super()._open_and_write(value, tspec, ts_context)
+        rows = max(1, PIECE // value[0].nbytes)
+        tspec["metadata"]["chunks"] = (min(rows, len(value)), *value.shape[1:])
+        async with self.turn:
+            store = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
+            for start in range(0, len(value), rows):
+                piece = value[start : start + rows]
+                await store[start : start + len(piece)].write(
+                    piece, can_reference_source_data_indefinitely=True
+                )
+
+
+def _sparing() -> ocp.Checkpointer:
+    """A checkpointer like `_alone`, for numpy arrays that nobody changes while they are written."""
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (np.ndarray, _Sparing()), (jax.Array, ocp.type_handlers.ArrayHandler())
+    )
+    options = _alone_options()
+    handler = ocp.PyTreeCheckpointHandler(
+        type_handler_registry=registry, multiprocessing_options=options
+    )
+    return ocp.Checkpointer(handler, multiprocessing_options=options)
 
 
 def save_model(
@@ -93,8 +137,8 @@ def save_model(
             copy = part / Path(vocabulary).name
             shutil.copyfile(vocabulary, copy)
             sums[copy.name] = files.sha256(copy)
-        with _alone() as checkpointer:
-            checkpointer.save((part / "params").absolute(), params)
+        with _sparing() as checkpointer:
+            checkpointer.save((part / "params").absolute(), ocp.args.PyTreeSave(params))
         sums |= {
             str(path.relative_to(part)): files.sha256(path)
             for path in sorted((part / "params").rglob("*"))
@@ -130,7 +174,7 @@ def read_model(folder: str | os.PathLike):
         )
     config = _stored_config(folder, manifest)
     files.check_sums(folder, manifest["sums"])
-    config = _with_vocabulary(config, folder)
+    config = with_vocabulary(config, folder)
     graph, shapes = _fitting_params(folder, config, manifest["parameters"])
     params = _restore(folder, shapes, np.dtype(manifest["dtype"]))
     mark = fingerprint(manifest["config"], params, _vocabulary(config, manifest["sums"]))
@@ -225,7 +269,7 @@ class TrainingStates:
             for name, tree in state.items()
             if jax.tree.leaves(tree)
         }
-        with files.explained(self.folder):
+        with files.reported(self.folder):
             self.manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def restore(self, step: int, abstract):
@@ -235,7 +279,7 @@ class TrainingStates:
         return {name: restored[name] if name in args else tree for name, tree in abstract.items()}
 
     def close(self) -> None:
-        with files.explained(self.folder):
+        with files.reported(self.folder):
             self.manager.wait_until_finished()
             self.manager.close()
 

@@ -5,8 +5,10 @@ import os
 import sys
 import warnings
 from dataclasses import dataclass
+from typing import NoReturn
 
-from cir_jax.stopping import Terminated, stoppable
+from cir_jax import processes
+from cir_jax.stopping import Terminated, asked, stoppable
 
 COMMANDS = {
     "eval": "evaluate retrieval on benchmarks: table, report with pictures, results.json, ranks",
@@ -19,6 +21,7 @@ COMMANDS = {
 DISTRIBUTED = ("train",)
 # Seen by a shell as after the default action of the signal: 128 and its number.
 INTERRUPTED, TERMINATED, BROKEN_PIPE = 130, 143, 141
+FORESEEN = (ValueError, OSError, RuntimeError, ArithmeticError, MemoryError, ImportError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,34 +50,40 @@ def start(name: str) -> None:
     `CIR_JAX_TRACEBACK=1` in the environment shows where an error came from. SIGINT and SIGTERM end the command in
     order with the exit codes 130 and 143; a second one ends it at once.
     """
-    if name not in DISTRIBUTED and int(os.environ.get("CIR_JAX_PROCESSES", 1)) > 1:
-        sys.exit(
-            f"error: {name} runs as one process; several compute together in {', '.join(DISTRIBUTED)}"
-        )
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None where it was closed
         stream.reconfigure(errors="backslashreplace")  # names of files may hold any bytes
     warnings.filterwarnings("ignore", message="Image size .* could be decompression bomb")
     try:
         with stoppable():
+            if name not in DISTRIBUTED and processes.count() > 1:
+                alone = ", ".join(DISTRIBUTED)
+                raise ValueError(f"{name} runs as one process; several compute together in {alone}")
             importlib.import_module(f"cir_jax.{name}").main()
-            sys.stdout.flush()
+            print(end="", flush=True)
     except KeyboardInterrupt as stop:
-        terminated = isinstance(stop, Terminated)
-        word = "terminated" if terminated else "interrupted"
-        print(f"{word}; finished parts are kept", file=sys.stderr)
-        sys.exit(TERMINATED if terminated else INTERRUPTED)
+        end_stopped(type(stop))
     except BrokenPipeError:
         # The reader of our output (head, a pager) has left; a second failure at exit is avoided.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(BROKEN_PIPE)
-    except (ValueError, OSError, RuntimeError, ArithmeticError, MemoryError) as error:
-        if os.environ.get("CIR_JAX_TRACEBACK"):
+    except Exception as error:
+        if asked():  # whatever a library makes of being stopped
+            end_stopped(asked())
+        if os.environ.get("CIR_JAX_TRACEBACK") or not isinstance(error, FORESEEN):
             raise
-        print(f"error: {explained(error)}", file=sys.stderr)
+        print(f"error: {reason(error)}", file=sys.stderr)
         sys.exit(1)
 
 
-def explained(error: BaseException) -> str:
+def end_stopped(how: type[KeyboardInterrupt]) -> NoReturn:
+    """End a command that a signal has stopped."""
+    terminated = issubclass(how, Terminated)
+    word = "terminated" if terminated else "interrupted"
+    print(f"{word}; finished parts are kept", file=sys.stderr)
+    sys.exit(TERMINATED if terminated else INTERRUPTED)
+
+
+def reason(error: BaseException) -> str:
     """What an error says to a person; never empty."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{os.fsdecode(error.filename)}: {error.strerror}"

@@ -18,11 +18,15 @@ def keep_compiled(folder: str | None = None) -> None:
     JAX's variable `JAX_COMPILATION_CACHE_DIR`, where set, stands for a missing `folder`. Compiled programs run with the
     rights of whoever loads them, so a folder that others may write to is not used, and stderr says so.
     """
-    folder = folder or os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(_default())
+    folder = folder or os.environ.get("JAX_COMPILATION_CACHE_DIR") or _default()
     if folder == NONE:
         return
-    place = Path(folder).expanduser().absolute() / _machine()
-    if fault := _fault(place):
+    try:
+        place = Path(folder).expanduser().absolute() / _machine()
+        fault = _fault(place)
+    except RuntimeError as error:  # there is no home
+        fault = str(error)
+    if fault:
         print(f"compiled programs are not kept: {fault}; name another --cache", file=sys.stderr)
         return
     import jax
@@ -32,8 +36,8 @@ def keep_compiled(folder: str | None = None) -> None:
     jax.config.update("jax_compilation_cache_max_size", MOST_BYTES)
 
 
-def _default() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cir_jax"
+def _default() -> str:
+    return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache"), "cir_jax")
 
 
 def _machine() -> str:

@@ -11,12 +11,11 @@ from typing import Literal
 import tyro
 
 from cir_jax import files
-from cir_jax.commands import Common
 from cir_jax.progress import printable
 
 
 @dataclass(frozen=True)
-class Arguments(Common):
+class Arguments:
     """Convert a checkpoint of PyTorch, safetensors or Hugging Face; the numbers stay what they are.
 
     SOURCE is a file or a folder (or `hf://owner/name`), DEST a new folder. A method that is made of several files takes
@@ -35,6 +34,8 @@ class Arguments(Common):
     """vocabulary file, if it is neither CLIP's nor in the source's folder"""
     activation: Literal["quick_gelu", "gelu"] | None = None
     """of a CLIP whose file does not tell it"""
+    group: str | None = None
+    """which tensors to take where a file holds several models, such as `ema`"""
     resize_first: bool = False
     """CLIP: resize pictures before they become RGB, as OpenAI's code (differs for palettes and transparency)"""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
@@ -89,6 +90,7 @@ def convert(
     variant: str | None = None,
     tokenizer: str | os.PathLike | None = None,
     activation: str | None = None,
+    group: str | None = None,
     resize_first: bool = False,
     dtype: Literal["float32", "float16", "bfloat16"] = "float32",
     parts: Mapping[str, str] | None = None,
@@ -121,7 +123,7 @@ def convert(
     if options.tokenizer and not options.tokenizer.is_file():
         raise FileNotFoundError(f"there is no vocabulary file {options.tokenizer.absolute()}")
     try:
-        opened = open_source(path)
+        opened = open_source(path, group)
         plan = module.plan({"": opened}, options)
         return _written(plan, opened, dest, dtype, came_from)
     except ValueError as error:
@@ -279,6 +281,7 @@ def main(argv: list[str] | None = None) -> None:
         variant=arguments.variant,
         tokenizer=arguments.tokenizer,
         activation=arguments.activation,
+        group=arguments.group,
         resize_first=arguments.resize_first,
         dtype=arguments.dtype,
         parts=parts,

@@ -1,5 +1,6 @@
 """`python -m cir_jax.embed CHECKPOINT GALLERY DEST`: a gallery to vectors on disk."""
 
+import functools
 import itertools
 import os
 import sys
@@ -12,7 +13,7 @@ from typing import Literal
 import numpy as np
 import tyro
 
-from cir_jax.commands import Limited, explained
+from cir_jax.commands import Limited, reason
 from cir_jax.compilation import keep_compiled
 from cir_jax.progress import printable, progress
 
@@ -23,8 +24,8 @@ class Arguments(Limited):
 
     CHECKPOINT is a folder or the name of a packaged model (`emoji_text`). GALLERY is a folder of pictures, a list
     file, tar shards, or the name of a data set. DEST is a new folder; an interrupted run, or one with a --limit,
-    continues when the same command is given again. Pictures that cannot be read are skipped and listed in
-    DEST/manifest.json.
+    continues when the same command is given again; then pictures that have come since are added too, and those that
+    could not be read are tried once more. Pictures that cannot be read are listed in DEST/manifest.json.
     """
 
     checkpoint: tyro.conf.Positional[str]
@@ -53,7 +54,7 @@ def read_pictures(gallery, rows: Sequence[int], spec, pool) -> tuple[list[dict],
         try:
             return {"id": name, "image": crop(open_image(gallery[row]["image"]), spec)}
         except (ValueError, OSError) as error:
-            return {"id": name, "reason": explained(error)}
+            return {"id": name, "reason": reason(error)}
 
     read_rows = list(pool.map(read, rows))
     return [x for x in read_rows if "image" in x], [x for x in read_rows if "reason" in x]
@@ -78,10 +79,10 @@ def embed(
 
     Raises:
       ValueError: a gallery without readable pictures; with `strict`, the first picture that cannot be read; a `dest`
-        begun by another checkpoint, from another gallery, or with another dtype.
+        begun by another checkpoint, with another dtype, or with pictures that the gallery lacks; a re-ranker.
     """
     from cir_jax.data.records import open_gallery
-    from cir_jax.methods import kinds
+    from cir_jax.methods import reranks
     from cir_jax.model import lasting_name, load
     from cir_jax.vectors import VectorWriter
 
@@ -92,39 +93,32 @@ def embed(
     gallery = open_gallery(source)
     if not len(gallery):
         raise ValueError(f"{source} holds no pictures; there is nothing to embed")
-    count = min(len(gallery), limit or len(gallery))
     model = load(checkpoint)
-    reads_texts = kinds(model.config, "item") == ({"text"},)
+    if reranks(model.config):
+        raise ValueError(
+            f"{checkpoint} is a re-ranker, which makes no vectors; embed with a retriever"
+        )
     # In a block of its own: however it ends, others may write the folder afterwards.
-    with VectorWriter(
-        dest,
-        fingerprint=model.fingerprint,
-        checkpoint=lasting_name(checkpoint),
-        gallery=gallery.locator,
-        dtype=dtype,
-    ) as writer:
-        check_progress(writer, gallery)
-        with ThreadPoolExecutor() as pool, progress("embedding", count, writer.done) as advance:
-            for start in range(writer.done, count, shard_size):
-                vectors, ids, skipped = [], [], []
-                stop = min(start + shard_size, count)
-                for first in range(start, stop, batch_size):
-                    rows = range(first, min(first + batch_size, stop))
-                    if reads_texts:
-                        examples, broken = read_texts(gallery, rows)
-                    else:
-                        spec = model.config.inputs.image
-                        examples, broken = read_pictures(gallery, rows, spec, pool)
-                    if strict and broken:
-                        raise ValueError(
-                            f"{broken[0]['reason']}; without --strict it would be skipped"
-                        )
-                    if examples:
-                        vectors.append(model.encode("item", examples, batch_size))
-                    ids += [example["id"] for example in examples]
-                    skipped += broken
-                    advance(len(rows))
-                writer.add(np.concatenate(vectors) if vectors else np.zeros((0, 0)), ids, skipped)
+    with (
+        VectorWriter(
+            dest,
+            fingerprint=model.fingerprint,
+            checkpoint=lasting_name(checkpoint),
+            gallery=gallery.locator,
+            dtype=dtype,
+        ) as writer,
+        ThreadPoolExecutor() as pool,
+    ):
+        count = min(len(gallery), limit or len(gallery))
+        new, again = rows_to_do(writer, gallery, range(count))
+        with progress("embedding", count, count - len(new) - len(again)) as advance:
+            compute = functools.partial(_shard, model, gallery, batch_size, strict, pool, advance)
+            for start in range(0, len(new), shard_size):
+                writer.add(*compute(new[start : start + shard_size]))
+            for start in range(0, len(again), shard_size):
+                vectors, ids, _ = compute(again[start : start + shard_size])
+                writer.unskip(ids)
+                writer.add(vectors, ids)
         if not writer.rows:
             raise ValueError(
                 f"none of the {writer.done} pictures of {source} could be read, the first because: "
@@ -133,6 +127,56 @@ def embed(
         writer.finish()
         report_skipped(writer, Path(dest))
     return Path(dest)
+
+
+def _shard(model, gallery, batch_size: int, strict: bool, pool, advance, rows: Sequence[int]):
+    """(vectors `[n, D]`, ids, skipped) of some gallery rows, as `VectorWriter.add` takes them."""
+    from cir_jax.methods import kinds
+
+    spec = model.config.inputs.image
+    read_some = lambda rows: (
+        read_texts(gallery, rows)
+        if kinds(model.config, "item") == ({"text"},)
+        else read_pictures(gallery, rows, spec, pool)
+    )
+    vectors, ids, skipped = [np.zeros((0, 0), np.float32)], [], []
+    for first in range(0, len(rows), batch_size):
+        some = rows[first : first + batch_size]
+        examples, broken = read_some(some)
+        if strict and broken:
+            raise ValueError(f"{broken[0]['reason']}; without --strict it would be skipped")
+        if examples:
+            vectors.append(model.encode("item", examples, batch_size))
+        ids += [example["id"] for example in examples]
+        skipped += broken
+        advance(len(some))
+    return np.concatenate(vectors[1:] or vectors), ids, skipped
+
+
+def rows_to_do(writer, gallery, rows: Sequence[int]) -> tuple[list[int], list[int]]:
+    """(rows that are new, rows that were skipped and may be readable now) among some rows of a gallery.
+
+    Items go by their ids, so a gallery may have grown, moved, or lost items that could not be read.
+
+    Raises:
+      ValueError: the gallery has lost items that have vectors.
+    """
+    from cir_jax.vectors import read_ids
+
+    shards = writer.manifest["shards"]
+    parts = [read_ids(writer.folder / s["ids"], s["stop"] - s["start"]) for s in shards]
+    have, present = {*itertools.chain(*parts)}, {*gallery.ids}
+    lost = have - present
+    if lost:
+        raise ValueError(
+            f"{writer.folder} was begun when the gallery held other pictures, {sorted(lost)[0]!r} for one of "
+            f"{len(lost)}; embed it into a new folder"
+        )
+    skipped = {item["id"] for item in writer.manifest["skipped"]}
+    writer.unskip(skipped - present)
+    known = have | skipped
+    new = [row for row in rows if gallery.ids[row] not in known]
+    return new, [row for row in rows if gallery.ids[row] in skipped]
 
 
 def read_texts(gallery, rows: Sequence[int]) -> tuple[list[dict], list[dict]]:
@@ -145,19 +189,6 @@ def read_texts(gallery, rows: Sequence[int]) -> tuple[list[dict], list[dict]]:
         else:
             skipped.append({"id": gallery.ids[row], "reason": f"{gallery.ids[row]}: has no text"})
     return examples, skipped
-
-
-def check_progress(writer, gallery) -> None:
-    """Refuse to continue vectors whose gallery has changed since they were begun."""
-    from cir_jax.vectors import read_ids
-
-    shards = writer.manifest["shards"]
-    parts = [read_ids(writer.folder / s["ids"], s["stop"] - s["start"]) for s in shards]
-    done = {*itertools.chain(*parts), *(item["id"] for item in writer.manifest["skipped"])}
-    if done != set(gallery.ids[: writer.done]):
-        raise ValueError(
-            f"{writer.folder} was begun when the gallery held other pictures; embed it into a new folder"
-        )
 
 
 def report_skipped(writer, dest: Path) -> None:

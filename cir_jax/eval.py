@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import functools
 import hashlib
 import itertools
 import platform
@@ -10,7 +11,6 @@ import sys
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
-from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,12 @@ import tyro
 from cir_jax import files, metrics
 from cir_jax.commands import Limited
 from cir_jax.compilation import keep_compiled
-from cir_jax.config import Evaluation, Run, load_config, to_json
+from cir_jax.config import Evaluation, Run, load_config
 from cir_jax.data.benchmark import Chosen
-from cir_jax.data.documents import BUILTIN, DocumentSpec
-from cir_jax.eval_parts import Outcome, Parts, digest, mark
+from cir_jax.data.documents import BUILTIN
 from cir_jax.progress import printable
+from cir_jax.typed import to_json
+from cir_jax.workspace import Outcome, Workspace, digest
 
 SHOWN = ("recall@1", "recall@5", "recall@10", "mrr")  # in the table; the rest is in results.json
 TIMED = 10  # hits of the searches that are timed, and compared between indexes
@@ -46,74 +47,56 @@ class Arguments(Limited):
 
     config: tyro.conf.Positional[str]
     output: Path | None = None
-    """folder for results.json, report.html and the ranks; without it `results/CONFIG`"""
+    """folder for results.json, report.html and the ranks; without it `results/CONFIG`, with variants and limit in the name"""
     variant: tuple[str, ...] = ()
     """measure on these variants of the benchmarks instead (the emoji have noto and twemoji; of several the mean too)"""
     batch_size: int = 128
     """queries or pictures computed at once"""
 
 
-@lru_cache(maxsize=8)
-def named_benchmark(name: str):
-    """`cir_jax.data.named_benchmark`, opened once."""
-    from cir_jax import data
+def measure(
+    model, name: str, retriever: str = "", k: int = 50, work: Workspace | None = None
+) -> dict[str, float]:
+    """Metrics of a model on a benchmark with exact search; used during training.
 
-    return data.named_benchmark(name)
-
-
-def measure(model, name: str, retriever: str = "", k: int = 50) -> dict[str, float]:
-    """Metrics of a model on the benchmark `name/variant/split` with exact search; used during training.
-
-    A re-ranker is measured on the k best candidates of the model that `retriever` names.
+    A re-ranker is measured on the k best candidates of the model that `retriever` names; a `work` space that is given
+    again has them, and the benchmark, at hand.
     """
     from cir_jax.retrieval import Queries, rerank, score_candidates
 
-    benchmark = named_benchmark(name)
+    work = work or Workspace()
+    benchmark = work.benchmark(name)
     if not retriever:
-        return metrics.evaluate(_exact_hits(model, name, 1).rows, benchmark)
-    hits = _candidates(retriever, name, k)
+        return metrics.evaluate(_exact_hits(model, benchmark, 1).rows, benchmark)
+    find = lambda: _exact_hits(work.model(retriever), benchmark, k)
+    hits = work.once("candidates", (retriever, name, k), find)
     asked = Queries(benchmark.queries, 2, BUILTIN)
     pictures = lambda rows: [benchmark.gallery[row] for row in rows]
     hits = rerank(hits, score_candidates(model, asked, pictures, hits.rows[:, :k]))
     return metrics.evaluate(hits.rows, benchmark)
 
 
-def _exact_hits(model, name: str, least: int):
+def _exact_hits(model, benchmark, least: int):
     """Hits of a retriever on a benchmark: as many as its metrics need, and at least so many."""
     from cir_jax.index import ExactIndex
     from cir_jax.retrieval import Queries, retrieve
 
-    benchmark = named_benchmark(name)
     index = ExactIndex(model.encode("item", benchmark.gallery))
     queries = model.encode("query", Queries(benchmark.queries, 1, BUILTIN))
     depth = min(max(metrics.depth(benchmark), least), len(index))
     return retrieve(index, queries, depth, benchmark.exclude)
 
 
-@lru_cache(maxsize=4)
-def _candidates(retriever: str, name: str, k: int):
-    """The hits that a re-ranker in training is measured on, time and again."""
-    return _exact_hits(_model(retriever), name, k)
-
-
-@lru_cache(maxsize=8)
-def _model(name: str):
-    from cir_jax.model import load
-
-    return load(name)
-
-
-@lru_cache(maxsize=4)
-def _vectors(retriever: str, name: str, documents: DocumentSpec, parts: Parts):
-    """(query vectors, item vectors, milliseconds per query spent encoding) of a benchmark."""
+def _vectors(run: Run, work: Workspace):
+    """(query vectors, item vectors, milliseconds per query spent encoding) of a run's benchmark."""
     from cir_jax.retrieval import Queries
 
-    model, benchmark = _model(retriever), named_benchmark(name)
-    items = parts.items(model, benchmark)
-    asked = list(Queries(benchmark.queries, 1, documents))
-    model.encode("query", asked, parts.batch_size)  # compiles, so that the timed pass does not
+    model, benchmark = work.model(run.retriever), work.benchmark(run.benchmark)
+    items = work.items(model, run.benchmark)
+    asked = list(Queries(benchmark.queries, 1, run.documents))
+    model.encode("query", asked, work.batch_size)  # compiles, so that the timed pass does not
     start = time.perf_counter()
-    queries = model.encode("query", asked, parts.batch_size)
+    queries = model.encode("query", asked, work.batch_size)
     return queries, items, 1000 * (time.perf_counter() - start) / max(1, len(benchmark.queries))
 
 
@@ -125,22 +108,17 @@ class _Scored:
     milliseconds: float = 0.0
 
 
-@lru_cache(maxsize=4)
-def _scored(reranker: str, name: str, documents: DocumentSpec) -> _Scored:
-    return _Scored()
-
-
-def _candidate_scores(run: Run, rows: np.ndarray, items, parts: Parts) -> tuple[np.ndarray, float]:
+def _candidate_scores(
+    run: Run, rows: np.ndarray, items, work: Workspace
+) -> tuple[np.ndarray, float]:
     """Scores `[Q, K]` float32 of the run's re-ranker, and its milliseconds per pair so far, compilation included."""
-    benchmark = named_benchmark(run.benchmark)
-    scored = _scored(run.reranker, run.benchmark, run.documents)
+    asked = (run.reranker, run.benchmark, run.documents)
+    scored = work.once("scored", asked, _Scored)
     missing = rows.copy()
     for query, place in zip(*np.nonzero(rows >= 0)):
         if (query, rows[query, place]) in scored.pairs:
             missing[query, place] = -1
-    model = _model(run.reranker)
-    key = [model.fingerprint, mark(benchmark), to_json(run.documents)]
-    scores, milliseconds = parts.scores(key, missing, _scorer(run, model, items))
+    scores, milliseconds = work.scores(_key(run, work), missing, _scorer(run, items, work))
     scored.milliseconds += milliseconds
     new = zip(*np.nonzero(missing >= 0))
     scored.pairs.update({(q, missing[q, place]): scores[q, place] for q, place in new})
@@ -149,11 +127,11 @@ def _candidate_scores(run: Run, rows: np.ndarray, items, parts: Parts) -> tuple[
     return np.array(found, np.float32), scored.milliseconds / max(1, len(scored.pairs))
 
 
-def _scorer(run: Run, model, items):
-    """What scores the candidates of some queries of a run; see `eval_parts.Score`."""
+def _scorer(run: Run, items, work: Workspace):
+    """What scores the candidates of some queries of a run; see `workspace.Score`."""
     from cir_jax.retrieval import Queries, score_by_vectors, score_candidates
 
-    benchmark = named_benchmark(run.benchmark)
+    model, benchmark = work.model(run.reranker), work.benchmark(run.benchmark)
     pictures = lambda rows: [benchmark.gallery[row] for row in rows]
 
     def score(rows, first, advance):
@@ -166,23 +144,23 @@ def _scorer(run: Run, model, items):
     return score
 
 
-def _subset_values(run: Run, items, parts: Parts) -> dict[str, np.ndarray]:
+def _subset_values(run: Run, items, work: Workspace) -> dict[str, np.ndarray]:
     """Metrics of stage 2 over the closed group of each query, every member of which it scores, found or not."""
     from cir_jax.index import Hits
     from cir_jax.retrieval import rerank
 
-    benchmark = named_benchmark(run.benchmark)
+    benchmark = work.benchmark(run.benchmark)
     names = [name for name in benchmark.metrics if name.startswith("subset_")]
     if not names:
         return {}
     width = max(map(len, benchmark.subset))
     rows = np.array([[*members, *[-1] * (width - len(members))] for members in benchmark.subset])
-    scores, _ = _candidate_scores(run, rows, items, parts)
+    scores, _ = _candidate_scores(run, rows, items, work)
     hits = rerank(Hits(rows, np.zeros(rows.shape, np.float32)), scores)
     return metrics.per_query(hits.rows, benchmark, names)
 
 
-def _tuning_queries(run: Run) -> np.ndarray | None:
+def _tuning_queries(run: Run, work: Workspace) -> np.ndarray | None:
     """Query vectors of the validation split, on which an approximate index is tuned.
 
     None if that is evaluated, or if there is none because the benchmark is a folder of one's own.
@@ -193,19 +171,19 @@ def _tuning_queries(run: Run) -> np.ndarray | None:
     name, variant, split = benchmark_parts(run.benchmark)
     if split == "val" or name not in BENCHMARKS:
         return None
-    asked = Queries(named_benchmark(f"{name}/{variant}/val").queries, 1, run.documents)
-    vectors = _model(run.retriever).encode("query", asked)
+    asked = Queries(work.benchmark(f"{name}/{variant}/val").queries, 1, run.documents)
+    vectors = work.model(run.retriever).encode("query", asked, work.batch_size)
     return vectors[0][vectors[1]] if isinstance(vectors, tuple) else vectors
 
 
-def _searched(run: Run, queries, items):
+def _searched(run: Run, queries, items, work: Workspace):
     """(index, deep hits for the metrics, milliseconds per query of a search for 10 with the index warm)."""
     from cir_jax.index import make_index
     from cir_jax.retrieval import retrieve
 
-    benchmark, tuning = named_benchmark(run.benchmark), {}
+    benchmark, tuning = work.benchmark(run.benchmark), {}
     if run.index == "scann":
-        tuning = {"recall": SCANN_RECALL, "k": TIMED, "queries": _tuning_queries(run)}
+        tuning = {"recall": SCANN_RECALL, "k": TIMED, "queries": _tuning_queries(run, work)}
     index = make_index(run.index, items, ids=benchmark.ids, **tuning)
     k = metrics.depth(benchmark) if index.kind == "exact" else SCANN_DEPTH
     k = min(max(k, run.k if run.reranker else 1), len(items))
@@ -216,16 +194,17 @@ def _searched(run: Run, queries, items):
     return index, retrieve(index, queries, k, benchmark.exclude), searching
 
 
-def evaluate_run(run: Run, parts: Parts) -> Outcome:
+def evaluate_run(run: Run, work: Workspace) -> Outcome:
     """For each stage a row of results.json, and its arrays: `ids`, `rows`, `scores`, `rank`, and one per metric."""
     from cir_jax.index import ExactIndex
     from cir_jax.retrieval import rerank, retrieve
 
-    benchmark = named_benchmark(run.benchmark)
-    queries, items, encoding = _vectors(run.retriever, run.benchmark, run.documents, parts)
-    index, hits, searching = _searched(run, queries, items)
+    benchmark = work.benchmark(run.benchmark)
+    asked = (run.retriever, run.benchmark, run.documents)
+    queries, items, encoding = work.once("vectors", asked, lambda: _vectors(run, work))
+    index, hits, searching = _searched(run, queries, items, work)
     spent = {"encode": encoding, "search": searching}
-    first = _outcome(run, 1, index, hits, spent)
+    first = _outcome(run, 1, index, hits, spent, work)
     if index.kind == "scann":
         near, exact = (
             retrieve(i, queries, TIMED, benchmark.exclude) for i in (index, ExactIndex(items))
@@ -234,17 +213,17 @@ def evaluate_run(run: Run, parts: Parts) -> Outcome:
     if run.reranker is None:
         return [first]
     candidates = hits.rows[:, : run.k]
-    scores, per_pair = _candidate_scores(run, candidates, items, parts)
+    scores, per_pair = _candidate_scores(run, candidates, items, work)
     spent |= {"rerank": per_pair * candidates.shape[1]}
-    ranked, members = rerank(hits, scores, run.fusion), _subset_values(run, items, parts)
-    second = _outcome(run, 2, index, ranked, spent, members)
+    ranked, members = rerank(hits, scores, run.fusion), _subset_values(run, items, work)
+    second = _outcome(run, 2, index, ranked, spent, work, members)
     second[0].update(_gain(first, second))
     return [first, second]
 
 
-def _outcome(run: Run, stage: int, index, hits, spent, measured=None):
+def _outcome(run: Run, stage: int, index, hits, spent, work: Workspace, measured=None):
     """Row and arrays of one stage: its hits, milliseconds per query of each part, metrics that hits do not tell."""
-    benchmark = named_benchmark(run.benchmark)
+    benchmark = work.benchmark(run.benchmark)
     values = metrics.per_query(hits.rows, benchmark) | (measured or {})
     models = [run.retriever, run.reranker][:stage]
     row = {
@@ -262,7 +241,7 @@ def _outcome(run: Run, stage: int, index, hits, spent, measured=None):
         "random": metrics.random_level(benchmark, length=hits.rows.shape[1]),
         "milliseconds_per_query": sum(spent.values()),
         "milliseconds": dict(spent),
-        "checkpoints": [{"name": m, "fingerprint": _model(m).fingerprint} for m in models],
+        "checkpoints": [_identity(name, work) for name in models],
     }
     if len(benchmark.rules):
         row["rules"] = metrics.by_rule(values, benchmark.rules)
@@ -273,6 +252,11 @@ def _outcome(run: Run, stage: int, index, hits, spent, measured=None):
     rank = metrics.ranks(hits.rows, benchmark.positives, benchmark.exclude)
     ids = np.array([str(query.get("id", number)) for number, query in enumerate(benchmark.queries)])
     return row, {"ids": ids, "rows": hits.rows, "scores": hits.scores, "rank": rank, **values}
+
+
+def _identity(name: str, work: Workspace) -> dict[str, str]:
+    model = work.model(name)
+    return {"name": name, "fingerprint": model.fingerprint, "identity": model.identity}
 
 
 def _gain(first, second) -> dict[str, dict[str, float]]:
@@ -387,41 +371,46 @@ def evaluate(evaluation: Evaluation, output: Path, batch_size: int = 128) -> lis
 
     if not evaluation.runs:
         raise ValueError("the evaluation has no runs; give at least one Run(benchmark, retriever)")
+    if batch_size < 1:
+        raise ValueError(f"batch size is {batch_size}; it must be at least 1")
+    work = Workspace(output / "parts", batch_size)
     for run in evaluation.runs:
-        check_run(run)
-    parts = Parts(output / "parts", batch_size)
-    with files.explained(output):
-        parts.folder.mkdir(parents=True, exist_ok=True)
+        check_run(run, work)
+    if output.exists() and not output.is_dir():
+        raise FileExistsError(f"{output.absolute()} is a file; choose another --output")
+    with files.reported(output):
+        output.mkdir(parents=True, exist_ok=True)
     with files.lock(output), jax.default_matmul_precision("highest"):
-        return _evaluate(evaluation, output, parts)
+        return _evaluate(evaluation, output, work)
 
 
-def check_run(run: Run) -> None:
+def check_run(run: Run, work: Workspace) -> None:
     """Refuse, before anything is computed, a run whose models cannot read the queries of its benchmark."""
     from cir_jax.methods import METHODS, method_name, reranks
     from cir_jax.model import as_example
     from cir_jax.retrieval import as_query
 
-    benchmark = named_benchmark(run.benchmark)
-    if reranks(_model(run.retriever).config):
+    benchmark = work.benchmark(run.benchmark)
+    if reranks(work.model(run.retriever).config):
         raise ValueError(f"{run.retriever} is a re-ranker; a run needs a retriever before it")
     for stage, name in enumerate((run.retriever, run.reranker), 1):
         if name is None or not len(benchmark.queries):
             continue
         asked = as_query(benchmark.queries[0], stage, run.documents)
         parts = {"text" if part == "texts" else part: value for part, value in asked.items()}
-        kinds = METHODS[method_name(_model(name).config)][1].query_kinds
+        kinds = METHODS[method_name(work.model(name).config)][1].query_kinds
         as_example("query", parts, kinds, name)
 
 
-def _evaluate(evaluation: Evaluation, output: Path, parts: Parts) -> list[dict[str, Any]]:
+def _evaluate(evaluation: Evaluation, output: Path, work: Workspace) -> list[dict[str, Any]]:
     from cir_jax.eval_report import evaluation_page
     from cir_jax.progress import progress
 
     results = []
     with progress("evaluating", len(evaluation.runs)) as advance:
         for run in evaluation.runs:
-            for row, arrays in parts.outcome(_key(run), lambda run=run: evaluate_run(run, parts)):
+            compute = functools.partial(evaluate_run, run, work)
+            for row, arrays in work.outcome(_key(run, work), compute):
                 row["ranks"] = f"{_file_name(row)}.npz"
                 with files.write_atomically(output / row["ranks"]) as part:
                     np.savez_compressed(part, **arrays)
@@ -430,19 +419,19 @@ def _evaluate(evaluation: Evaluation, output: Path, parts: Parts) -> list[dict[s
     rows = [row for row, _ in results] + pooled(results)
     result = {"format": files.FORMAT, "environment": environment(), "rows": rows}
     files.write_json(output / "results.json", result)
-    evaluation_page(output / "report.html", results, _benchmark_of, result["environment"])
-    parts.remove()
+    opened = lambda row: work.benchmark(f"{row['benchmark']}/{row['variant']}/{row['split']}")
+    evaluation_page(output / "report.html", results, opened, result["environment"])
+    work.remove()
     return rows
 
 
-def _key(run: Run) -> list:
+def _key(run: Run, work: Workspace) -> list:
     """All that the outcome of a run depends on."""
-    models = [_model(name).fingerprint for name in filter(None, (run.retriever, run.reranker))]
-    return [to_json(run), models, mark(named_benchmark(run.benchmark))]
-
-
-def _benchmark_of(row):
-    return named_benchmark(f"{row['benchmark']}/{row['variant']}/{row['split']}")
+    names = filter(None, (run.retriever, run.reranker))
+    models = [work.model(name).fingerprint for name in names]
+    extracts = Path(run.documents.source)
+    contents = [work.content(run.benchmark), extracts.is_file() and files.sha256(extracts)]
+    return [to_json(run), models, contents]
 
 
 def _file_name(row) -> str:
@@ -506,16 +495,22 @@ def _percent(row, name) -> str:
     return f"{100 * row['metrics'][name]:.1f} ({100 * low:.0f}–{100 * high:.0f})"
 
 
+def _folder(arguments: Arguments) -> Path:
+    """Where results go by default: another folder for what are other numbers."""
+    first = [f"first{arguments.limit}"] if arguments.limit else []
+    return Path("results") / "-".join([Path(arguments.config).stem, *arguments.variant, *first])
+
+
 def main(argv: list[str] | None = None) -> None:
     arguments = tyro.cli(Arguments, args=argv, prog="python -m cir_jax.eval")
     evaluation = load_config(arguments.config, Evaluation)
     keep_compiled(arguments.cache)
-    output = arguments.output or Path("results") / Path(arguments.config).stem
+    output = arguments.output or _folder(arguments)
     evaluation = with_limit(with_variants(evaluation, arguments.variant), arguments.limit or 0)
     rows = evaluate(evaluation, output, arguments.batch_size)
     print_table(rows)
-    for name in dict.fromkeys(each["name"] for row in rows for each in row["checkpoints"]):
-        print(f"model {printable(_model(name).identity)}")
+    for model in dict.fromkeys(each["identity"] for row in rows for each in row["checkpoints"]):
+        print(f"model {printable(model)}")
     print(f"results and ranks in {output}; pictures and curves in {output / 'report.html'}")
 
 

@@ -126,12 +126,12 @@ def local_path(path: str | os.PathLike) -> Path:
 
 def sha256(path: str | os.PathLike) -> str:
     """The SHA-256 of a file in hexadecimal, read in pieces."""
-    with explained(path, "read"), open(path, "rb") as file:
+    with reported(path, "read"), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
-def explained(path: str | os.PathLike, done: str = "written") -> Iterator[None]:
+def reported(path: str | os.PathLike, done: str = "written") -> Iterator[None]:
     """Say in one line that `path` could not be `done`, and why, if a full disk or a permission ends the block."""
     try:
         yield
@@ -162,7 +162,7 @@ def refuse_full(folder: str | os.PathLike, size: int) -> None:
         rooms[errno.EFBIG] = math.inf if limit == resource.RLIM_INFINITY else limit
     for code, room in rooms.items():
         if size > room:
-            with explained(folder):
+            with reported(folder):
                 raise OSError(code, f"{size} bytes wanted, {room} there")
 
 
@@ -191,7 +191,7 @@ def lock(folder: str | os.PathLike) -> Iterator[None]:
     # Not per thread, the default: a writer may be closed by another thread than the one that opened it.
     held = filelock.FileLock(folder / LOCK, thread_local=False)
     try:
-        with explained(folder):
+        with reported(folder):
             held.acquire(blocking=False)
     except filelock.Timeout:
         raise BlockingIOError(
@@ -206,6 +206,17 @@ def lock(folder: str | os.PathLike) -> Iterator[None]:
         held.release()
 
 
+def check_writable(path: str | os.PathLike) -> None:
+    """OSError if no file can be written at `path`: it is a folder, or its folder is not there."""
+    path = local_path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path.absolute()} is a folder; expected the name of a file")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"there is no folder {path.parent.absolute()} to write to; make it first"
+        )
+
+
 @contextlib.contextmanager
 def write_atomically(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary path beside `path` to write a file to; it becomes `path` if the block succeeds.
@@ -213,8 +224,9 @@ def write_atomically(path: str | os.PathLike) -> Iterator[Path]:
     The temporary name keeps the suffix. When the block raises, an earlier `path` stays as it was.
     """
     path = local_path(path)
+    check_writable(path)
     temporary = _temporary(path)
-    with explained(path):
+    with reported(path):
         try:
             yield temporary
             _flush(temporary)
@@ -234,7 +246,7 @@ def write_folder(path: str | os.PathLike) -> Iterator[Path]:
     path = local_path(path)
     refuse_existing(path)
     temporary = _temporary(path)
-    with explained(path):
+    with reported(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
         try:
@@ -276,7 +288,7 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 def read_json(path: str | os.PathLike) -> dict[str, Any]:
     """The JSON object in a file; ValueError naming the file if it is cut or is not a JSON object."""
     path = local_path(path)
-    with explained(path, "read"):
+    with reported(path, "read"):
         content = path.read_bytes()
     try:
         # Decoded here, or json would take a stray zero byte for UTF-16.
@@ -305,7 +317,7 @@ def read_manifest(folder: str | os.PathLike, kind: str) -> dict[str, Any]:
     """
     folder = local_path(folder)
     made_by = f"{kind}: made by {MADE_BY[kind]}"
-    with explained(folder, "read"):
+    with reported(folder, "read"):
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder.absolute()} is not a folder; {made_by}")
         if not (folder / MANIFEST).is_file():
@@ -390,7 +402,7 @@ def _fault(folder: Path, name: str, expected: str) -> str | None:
     path = folder / name
     if Path(name).is_absolute() or ".." in Path(name).parts:
         return "leads out of the folder"
-    with explained(path, "read"):
+    with reported(path, "read"):
         if not path.is_file():
             return "missing"
     return None if sha256(path) == expected else "changed or cut (its checksum differs)"

@@ -257,12 +257,15 @@ def _batches(part, examples, batch_size, model):
 
 
 def find_model(name: str | os.PathLike) -> Path:
-    """The folder of a model given by path or by the name of a packaged one."""
+    """The folder of a model given by path or by the name of a packaged one, which wins over a folder of that name.
+
+    `./emoji_text` is the folder, as with built-in galleries.
+    """
     folder = Path(name)
+    if (PACKAGED / folder).is_dir() and len(folder.parts) == 1 and os.fspath(name) == folder.name:
+        return PACKAGED / folder
     if folder.is_dir():
         return folder
-    if (PACKAGED / folder).is_dir() and len(folder.parts) == 1:
-        return PACKAGED / folder
     packaged = ", ".join(sorted(p.name for p in PACKAGED.iterdir() if p.is_dir()))
     raise FileNotFoundError(
         f"there is no model {str(name)!r}: it is neither a folder nor one of the packaged models ({packaged})"

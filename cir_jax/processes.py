@@ -6,6 +6,18 @@
 import os
 
 
+def count() -> int:
+    """How many processes the environment says there are.
+
+    Raises:
+      ValueError: it says no number.
+    """
+    value = os.environ.get("CIR_JAX_PROCESSES", "1")
+    if not value.isdecimal() or int(value) < 1:
+        raise ValueError(f"CIR_JAX_PROCESSES is {value!r}; expected a number from 1 on, or nothing")
+    return int(value)
+
+
 def join() -> None:
     """Connect to the other processes if the environment says that there are any.
 
@@ -21,7 +33,7 @@ def join() -> None:
         raise ValueError(f"{', '.join(absent)} not set; several processes need {', '.join(names)}")
     import jax
 
-    jax.distributed.initialize(values[0], int(values[1]), int(values[2]))
+    jax.distributed.initialize(values[0], count(), int(values[2]))
 
 
 def first() -> bool:

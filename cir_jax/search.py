@@ -7,6 +7,7 @@ from pathlib import Path
 
 import tyro
 
+from cir_jax import files
 from cir_jax.commands import Common
 from cir_jax.compilation import keep_compiled
 from cir_jax.progress import printable
@@ -43,6 +44,8 @@ class Arguments(Common):
     """write the results with their pictures to this file, one self-contained page"""
     checkpoint: str | None = None
     """the model, if it is no longer where the index remembers it"""
+    gallery: str | None = None
+    """the pictures, if they are no longer where the index remembers them"""
 
 
 def read_document(path: Path) -> str:
@@ -53,6 +56,16 @@ def read_document(path: Path) -> str:
         raise ValueError(
             f"{path} is no UTF-8 text ({error.reason} at byte {error.start})"
         ) from None
+
+
+def load_or_ask(checkpoint: str):
+    """The model that an index remembers; where it is gone, the error names the option that tells where it is now."""
+    from cir_jax.model import load
+
+    try:
+        return load(checkpoint)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}; if it was moved, say where with --checkpoint") from None
 
 
 def report_cut(text: str, spec) -> None:
@@ -81,21 +94,30 @@ def main(argv: list[str] | None = None) -> None:
     arguments = tyro.cli(Arguments, args=argv, prog="python -m cir_jax.search")
     if arguments.text is None and arguments.image is None and arguments.document is None:
         raise ValueError("a query needs --text, --image, both, or --document; none was given")
+    if arguments.fusion is not None and arguments.rerank is None:
+        raise ValueError("--fusion weighs two stages; it needs --rerank")
+    if arguments.html:
+        files.check_writable(arguments.html)
     document = read_document(arguments.document) if arguments.document else None
     keep_compiled(arguments.cache)
 
     from cir_jax.data.documents import DocumentSpec
+    from cir_jax.data.records import open_gallery
     from cir_jax.index import open_index
     from cir_jax.model import load
     from cir_jax.retrieval import search
+    from cir_jax.vectors import Items
 
     index = open_index(arguments.index)
+    if arguments.gallery is not None:
+        index.gallery = open_gallery(arguments.gallery).locator
+        index.items = Items(index.ids, index.gallery)
     checkpoint = arguments.checkpoint or index.checkpoint
     if not checkpoint:
         raise ValueError(
             f"{arguments.index} does not say which model made it; name it with --checkpoint"
         )
-    model = load(checkpoint)
+    model = load_or_ask(checkpoint)
     reranker = load(arguments.rerank) if arguments.rerank else None
     if arguments.text is not None:
         report_cut(arguments.text, model.config.inputs.text)

@@ -2,6 +2,9 @@
 
 import contextlib
 import signal
+import sys
+
+AGAIN = 0.05  # seconds until a signal that met an import is looked at again
 
 
 class Terminated(KeyboardInterrupt):
@@ -14,26 +17,43 @@ class _Stops:
     NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self):
-        self.held, self.pending = 0, None
+        self.held, self.pending, self.asked = 0, None, None
 
     def __call__(self, number, frame):
         for each in self.NUMBERS:
             signal.signal(each, signal.SIG_DFL)
-        self.pending = Terminated if number == signal.SIGTERM else KeyboardInterrupt
+        self.asked = self.pending = Terminated if number == signal.SIGTERM else KeyboardInterrupt
         self.raise_pending()
 
-    def raise_pending(self):
-        if self.pending and not self.held:
-            pending, self.pending = self.pending, None
-            raise pending
+    def raise_pending(self, *_):
+        if not self.pending or self.held:
+            return
+        if importing():
+            signal.signal(signal.SIGALRM, self.raise_pending)
+            signal.setitimer(signal.ITIMER_REAL, AGAIN)
+            return
+        pending, self.pending = self.pending, None
+        raise pending
 
 
 _stops = _Stops()
 
 
+def asked() -> type[KeyboardInterrupt] | None:
+    """What a signal has asked for, answered or not."""
+    return _stops.asked
+
+
+def importing() -> bool:
+    """Whether a module is being imported: libraries crash when that is broken up."""
+    specs = [getattr(module, "__spec__", None) for module in list(sys.modules.values())]
+    return any(getattr(spec, "_initializing", False) for spec in specs)
+
+
 @contextlib.contextmanager
 def stoppable():
     """A block that the first SIGINT or SIGTERM unwinds, as Ctrl-C does, so that temporary files are removed."""
+    _stops.asked = None
     before = [signal.signal(number, _stops) for number in _Stops.NUMBERS]
     try:
         yield

@@ -4,10 +4,11 @@ import contextlib
 import json
 import math
 import operator
+import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,17 +17,23 @@ import tyro
 from cir_jax import files, processes
 from cir_jax.commands import Limited
 from cir_jax.compilation import keep_compiled
-from cir_jax.config import Experiment, from_json, load_config, packaged_configs, portable
+from cir_jax.config import Experiment, load_config, packaged_configs
 from cir_jax.progress import progress
 from cir_jax.stopping import unstopped
+from cir_jax.typed import from_json, portable
+from cir_jax.workspace import Workspace
 
 
 class Log:
     """JSON lines in a file and one readable line per record on stdout, from process 0 only."""
 
-    def __init__(self, path: Path, rows_per_step: int):
+    def __init__(self, path: Path, rows_per_step: int, first: int = 0):
+        """Go on behind step `first`; what an interrupted run logged after it will be logged again."""
         self.path, self.rows_per_step = path, rows_per_step
         self.start, self.last = time.monotonic(), None
+        if processes.first() and path.exists():
+            with files.write_atomically(path) as part:
+                part.write_text("".join(_records_until(path, first)))
 
     def __call__(self, step: int, values: Mapping[str, float]) -> None:
         """Write one record; a record with a loss also gets the rows per second since the one before."""
@@ -44,6 +51,14 @@ class Log:
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
         print("  ".join(f"{name} {value:.5g}" for name, value in record.items()), flush=True)
+
+
+def _records_until(path: Path, step: int) -> Iterator[str]:
+    """The lines of a log up to a step; a line that was cut off is none."""
+    for line in path.read_text().splitlines(keepends=True):
+        with contextlib.suppress(ValueError):
+            if json.loads(line)["step"] <= step:
+                yield line
 
 
 def make_step(graph, tx, seed: int) -> Callable:
@@ -116,8 +131,8 @@ def check_numbers(config: Experiment) -> None:
 
 def check_experiment(config: Experiment) -> None:
     """Refuse, before the first step, what would only fail later."""
+    from cir_jax.data import named_benchmark
     from cir_jax.data.text import tokenizer
-    from cir_jax.eval import named_benchmark
     from cir_jax.methods import METHODS, method_name, reranks
     from cir_jax.model import find_model
 
@@ -175,6 +190,7 @@ class Best:
     graph: object
     workdir: Path
     score: float = field(default=float("-inf"))
+    work: Workspace = field(default_factory=Workspace)
 
     def __post_init__(self):
         for folder in self.kept():
@@ -203,7 +219,8 @@ class Best:
 
         params = sharding.gather(optim.join(state["params"], state["frozen"]))
         model = Model(self.config.method, self.graph, params)
-        results = {n: measure(model, n, self.config.retriever) for n in self.config.evals}
+        retriever = self.config.retriever
+        results = {n: measure(model, n, retriever, work=self.work) for n in self.config.evals}
         score = (
             float(np.mean([r[self.config.best] for r in results.values()]))
             if results
@@ -239,6 +256,11 @@ class Best:
         """Give the best model its final name."""
         folder = self.workdir / "model"
         if processes.first():
+            if not self.kept():
+                raise ValueError(
+                    f"the run in {self.workdir.absolute()} is finished and its model was moved away; choose another "
+                    "--workdir to train again"
+                )
             self.kept()[-1].rename(folder)
         return folder
 
@@ -249,9 +271,13 @@ def train(config: Experiment, workdir: Path) -> Path:
     The state is restored from the newest checkpoint of `workdir` if there is one; from then on the run repeats what
     an undisturbed one would have computed, bit for bit on the same mesh. BlockingIOError if another run is at it.
     """
-    with files.explained(workdir):
+    with files.reported(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
     with files.lock(workdir) if processes.first() else contextlib.nullcontext():
+        for leftover in workdir.glob(
+            f"{files.TEMPORARY}*"
+        ):  # of a run that was killed while it wrote
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         prepare_workdir(config, workdir)  # once more, now that nobody else writes
         return _train(config, workdir)
 
@@ -277,10 +303,10 @@ def _train(config: Experiment, workdir: Path) -> Path:
         donate_argnums=0,
         out_shardings=(places, sharding.replicated(mesh)),
     )
-    log = Log(workdir / "log.jsonl", config.train.batch_size)
     best = Best(config, graph, workdir)
     with checkpoint.training_states(workdir) as states:
         first = states.latest()
+        log = Log(workdir / "log.jsonl", config.train.batch_size, first)
         if first:
             if processes.first():
                 print(f"continuing from step {first}", file=sys.stderr)
@@ -389,9 +415,12 @@ def check_finite(metrics: Mapping, step: int) -> Mapping:
 
 
 def prepare_workdir(config: Experiment, workdir: Path) -> None:
-    """Make the folder of a run, or check that it belongs to the same experiment."""
+    """Make the folder of a run, or check that it belongs to the same experiment and data."""
+    if workdir.exists() and not workdir.is_dir():
+        raise FileExistsError(f"{workdir.absolute()} is a file; choose another --workdir")
     workdir.mkdir(parents=True, exist_ok=True)
     path, value = workdir / "config.json", portable(config)
+    check_tables(config, workdir / "tables.json")
     if not path.exists():
         files.write_json(path, value)
         return
@@ -402,6 +431,19 @@ def prepare_workdir(config: Experiment, workdir: Path) -> None:
             f"{workdir} holds a run of another experiment (different: {changed}); "
             "choose another --workdir, or give the values it began with"
         )
+
+
+def check_tables(config: Experiment, path: Path) -> None:
+    """Remember the checksums of own tables beside a run; ValueError if it was begun when they held something else."""
+    sums = {data.root: files.sha256(data.root) for data in config.data if os.path.isfile(data.root)}
+    before = files.read_json(path) if path.exists() else {}
+    changed = [root for root in sums if before.get(root, sums[root]) != sums[root]]
+    if changed:
+        raise ValueError(
+            f"{path.parent} was begun with other contents of {', '.join(changed)}; choose another --workdir"
+        )
+    if before != sums:
+        files.write_json(path, sums)
 
 
 def _completed(stored, config: Experiment):

@@ -154,6 +154,14 @@ class VectorWriter:
             change |= {"shards": shards, "rows": shard["stop"], "width": vectors.shape[1]}
         self._write_manifest(self.manifest | change)
 
+    def unskip(self, ids: Iterable[str]) -> None:
+        """Forget that these items were skipped: they are gone, or about to be added."""
+        self._open()
+        gone = set(ids)
+        kept = [item for item in self.manifest["skipped"] if item["id"] not in gone]
+        if len(kept) < len(self.manifest["skipped"]):
+            self._write_manifest(self.manifest | {"skipped": kept, "complete": False})
+
     def finish(self) -> None:
         """Mark the folder complete. `add` after this reopens it."""
         self._open()
@@ -164,7 +172,7 @@ class VectorWriter:
         """Take the folder for this writer, unless it has it, and read or begin its manifest."""
         if self._is_open:
             return
-        with files.explained(self.folder):
+        with files.reported(self.folder):
             self._refuse_others()
             self.folder.mkdir(parents=True, exist_ok=True)
         self._held.enter_context(files.lock(self.folder))
@@ -192,8 +200,10 @@ class VectorWriter:
     def _reopen(self, given: Mapping[str, Any]) -> dict[str, Any]:
         manifest = files.read_manifest(self.folder, "vectors")
         _check_shards(self.folder, manifest)
-        # Where the checkpoint lies may change; which one it is, its fingerprint tells.
-        free = {"checkpoint"}
+        if not manifest["rows"] and not manifest["skipped"]:
+            return self._start(given)
+        # Where the checkpoint and the pictures lie may change: fingerprint and ids tell which they are.
+        free = {"checkpoint", "gallery"}
         if given["width"] is None or manifest["width"] is None:
             free.add("width")
         differing = [
@@ -213,7 +223,11 @@ class VectorWriter:
             )
         for leftover in self.folder.glob(f"{files.TEMPORARY}*"):
             leftover.unlink()
-        return manifest | {"width": manifest["width"] or given["width"]}
+        width, gallery = (
+            manifest["width"] or given["width"],
+            given["gallery"] or manifest["gallery"],
+        )
+        return manifest | {"width": width, "gallery": gallery}
 
     def _checked(self, vectors: np.ndarray, ids: Sequence[str]) -> np.ndarray:
         vectors = check_vectors(vectors)
@@ -276,7 +290,13 @@ class Items:
             )
         from cir_jax.data.records import open_gallery
 
-        dataset = open_gallery(self.gallery)
+        try:
+            dataset = open_gallery(self.gallery)
+        except FileNotFoundError as error:
+            told = str(error).partition("; a gallery is one of")[0]
+            raise FileNotFoundError(
+                f"{told}; if the pictures were moved, say where with --gallery, or embed them there to the same vectors"
+            ) from None
         return dataset, {name: place for place, name in enumerate(dataset.ids)}
 
 
@@ -322,7 +342,7 @@ def check_queries(queries: Any, width: int) -> np.ndarray:
 def load_array(path: Path, rows: int) -> np.ndarray:
     """The array of an `.npy` file, memory mapped if it is to have `rows`; ValueError naming the file if it is none."""
     try:
-        with files.explained(path, "read"):
+        with files.reported(path, "read"):
             return np.load(path, mmap_mode="r" if rows else None, allow_pickle=False)
     except PermissionError:
         raise
@@ -339,7 +359,7 @@ def write_ids(path: str | os.PathLike, ids: Iterable[str]) -> None:
 
 def read_ids(path: str | os.PathLike, count: int) -> list[str]:
     """The `count` ids of a file written by `write_ids`; ValueError if it holds anything else."""
-    with files.explained(path, "read"):
+    with files.reported(path, "read"):
         text = Path(path).read_bytes().decode("ascii", "replace")
     try:
         ids = json.loads("[" + ",".join(text.splitlines()) + "]")

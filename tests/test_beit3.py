@@ -11,7 +11,6 @@ import pytest
 from flax import nnx
 
 from cir_jax.checkpoint import abstract_params
-from cir_jax.config import from_json, to_json
 from cir_jax.data.images import ImageSpec
 from cir_jax.data.inputs import Inputs
 from cir_jax.data.text import TextSpec
@@ -26,6 +25,7 @@ from cir_jax.encoders.beit3 import (
     resize_positions,
 )
 from cir_jax.methods.cfir import Cfir, CfirConfig
+from cir_jax.typed import from_json, to_json
 
 BOTH = ("image", "text")
 OPTIONS = {"dtype": "float32", "remat": True}

@@ -9,22 +9,15 @@ import jax
 import pytest
 
 from cir_jax import optim, sharding
-from cir_jax.config import (
-    Evaluation,
-    Experiment,
-    find_config,
-    from_json,
-    load_config,
-    packaged_configs,
-    to_json,
-)
+from cir_jax.config import Evaluation, Experiment, find_config, load_config, packaged_configs
+from cir_jax.data import named_benchmark
 from cir_jax.data.inputs import Inputs
 from cir_jax.data.text import tokenizer
-from cir_jax.eval import named_benchmark
 from cir_jax.methods import method_name
 from cir_jax.methods.clip import ClipConfig
 from cir_jax.model import find_model
 from cir_jax.train import make_init
+from cir_jax.typed import from_json, to_json
 
 
 def loaded():

@@ -21,17 +21,11 @@ from test_methods import INPUTS, drawn
 
 from cir_jax import files
 from cir_jax.checkpoint import read_model, save_model
-from cir_jax.config import (
-    Evaluation,
-    Experiment,
-    config_folder,
-    from_json,
-    load_config,
-    to_json,
-)
+from cir_jax.config import Evaluation, Experiment, config_folder, load_config
 from cir_jax.data.records import open_gallery
 from cir_jax.index import ExactIndex, ScannIndex, open_index
 from cir_jax.methods.clip import ClipConfig
+from cir_jax.typed import from_json, to_json
 from cir_jax.vectors import Vectors, VectorWriter
 
 ABSURD = [None, True, False, -1, 0, 1, 2, 7, 10**12, 10**400, 1.5, 1e308, "", "x", "5", "é\n"]

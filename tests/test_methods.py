@@ -14,7 +14,7 @@ from flax import nnx
 import cir_jax
 from cir_jax import sharding
 from cir_jax.checkpoint import abstract_params, save_model
-from cir_jax.config import Data, from_json, to_json
+from cir_jax.config import Data
 from cir_jax.data import training_set
 from cir_jax.data.emoji import VOCABULARY
 from cir_jax.data.images import ImageSpec
@@ -22,6 +22,7 @@ from cir_jax.data.inputs import Inputs, prepare_batch
 from cir_jax.data.text import TextSpec, tokenizer
 from cir_jax.methods import METHODS, build, kinds, method_name
 from cir_jax.model import Model
+from cir_jax.typed import from_json, to_json
 
 INPUTS = Inputs(image=ImageSpec(size=32), text=TextSpec(vocab=str(VOCABULARY), length=16))
 METHODS_OF = {name: pair[1] for name, pair in METHODS.items()}

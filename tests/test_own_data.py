@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ import cir_jax
 from cir_jax import eval as evaluation
 from cir_jax import metrics, optim
 from cir_jax.checkpoint import save_model
-from cir_jax.config import Data, Evaluation, Experiment, Optim, Run, Train, fine_tune
+from cir_jax.config import Data, Evaluation, Experiment, Optim, Run, Train
 from cir_jax.data import (
     benchmark_parts,
     limited_name,
@@ -35,10 +36,12 @@ from cir_jax.data.pipeline import train_batches
 from cir_jax.data.records import open_gallery
 from cir_jax.data.tables import read_table, string, strings
 from cir_jax.eval import evaluate, with_limit, with_variants
+from cir_jax.fine_tuning import fine_tune
 from cir_jax.methods.blip_itm import BlipItmConfig
 from cir_jax.methods.clip import ClipConfig
 from cir_jax.train import check_experiment, make_init, prepare_workdir, train, training_batches
 from cir_jax.warm_start import warm_start
+from cir_jax.workspace import content_digest
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 FORMATS = ("jsonl", "csv", "parquet")
@@ -537,13 +540,6 @@ def colours(tmp_path_factory):
     return root
 
 
-@pytest.fixture(autouse=True)
-def opened_anew():
-    yield
-    for cached in (evaluation.named_benchmark, evaluation._vectors):
-        cached.cache_clear()
-
-
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     """The folder of a tiny model with its own vocabulary."""
@@ -594,7 +590,7 @@ def test_a_shipped_model_starts_where_it_ended(tmp_path):
     params = optim.join(state["params"], state["frozen"])
     save_model(tmp_path / "model", config.method, params, dtype=config.train.export_dtype)
     ours, shipped = cir_jax.load(tmp_path / "model"), cir_jax.load("emoji_text")
-    assert ours.fingerprint == shipped.fingerprint
+    jax.tree.map(np.testing.assert_array_equal, ours.params, shipped.params)
     copy, original = (Path(model.config.inputs.text.vocab) for model in (ours, shipped))
     assert copy.parent == tmp_path / "model" and copy.read_bytes() == original.read_bytes()
 
@@ -723,3 +719,56 @@ def test_the_readme_example(tmp_path):
     shipped, tuned = (row["metrics"] for row in result["rows"])
     assert tuned["recall@10"] > shipped["recall@10"] + 0.05
     assert done.stdout.count("shop/benchmark/own/all") == 2
+
+
+# ---- what changes must not go unnoticed ----
+
+FIELDS = {
+    "queries": lambda b: [{**b.queries[0], "text": "other"}, *b.queries[1:]],
+    "gallery": lambda b: [{**b.gallery[1]}, {**b.gallery[0]}, *list(b.gallery)[2:]],
+    "positives": lambda b: [b.positives[1], b.positives[0], *b.positives[2:]],
+    "exclude": lambda b: [3] + [-1] * (len(b.queries) - 1),
+    "subset": lambda b: [[0, 1]] + [[2, 3]] * (len(b.queries) - 1),
+    "rules": lambda b: ["rule"] * len(b.queries),
+    "metrics": lambda b: ("recall@2",),
+    "variant": lambda b: "other",
+}
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_every_part_of_a_benchmark_counts_in_its_digest(field, colours, monkeypatch):
+    monkeypatch.chdir(colours)
+    found = named_benchmark("one")
+    changed = dataclasses.replace(found, **{field: FIELDS[field](found)})
+    assert content_digest(found) == content_digest(named_benchmark("one"))
+    assert content_digest(changed) != content_digest(found)
+
+
+def test_a_changed_picture_counts_too(colours, monkeypatch):
+    monkeypatch.chdir(colours)
+    before = content_digest(named_benchmark("one"))
+    picture = next(colours.glob("one/gallery/*"))
+    os.utime(picture, ns=(1, 1))
+    assert content_digest(named_benchmark("one")) != before
+
+
+def test_training_does_not_continue_on_a_changed_table(start, tmp_path):
+    (tmp_path / "x.csv").write_text("image,text\n")
+    data = (Data("pairs", root=str(tmp_path / "x.csv")),)
+    config = fine_tune(start, data=data, steps=9, batch_size=8)
+    prepare_workdir(config, tmp_path / "run")
+    prepare_workdir(config, tmp_path / "run")
+    (tmp_path / "x.csv").write_text("image,text\na.png,changed\n")
+    with pytest.raises(ValueError, match=r"was begun with other contents of .*x.csv"):
+        prepare_workdir(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"), [("refrence", "reference"), ("subsets", "subset"), ("txt", "text")]
+)
+def test_columns_that_look_misspelled_are_refused(wrong, meant, colours, monkeypatch, tmp_path):
+    shutil.copytree(colours / "one", tmp_path / "one")
+    row = {"text": "a fox", "targets": [next(colours.glob("one/gallery/*")).name], wrong: "x"}
+    (tmp_path / "one/queries.jsonl").write_text(json.dumps(row))
+    with pytest.raises(ValueError, match=f"has a column {wrong}; if {meant} is meant"):
+        named_benchmark(str(tmp_path / "one"))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from golden_weights import clip_params
+from reference import library
 
 from cir_jax.data.images import ImageSpec
 from cir_jax.data.inputs import Inputs
@@ -57,9 +58,8 @@ def openai_tensors(state: dict[str, np.ndarray], layers: dict[str, int]) -> dict
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
 def test_clip_equals_transformers(activation):
-    torch = pytest.importorskip("torch")
-    from transformers import CLIPConfig as TheirConfig
-    from transformers import CLIPModel
+    torch, transformers = library("torch"), library("transformers")
+    TheirConfig, CLIPModel = transformers.CLIPConfig, transformers.CLIPModel
 
     layers = {"vision": 3, "text": 2}
     sizes = {"hidden_act": activation, "attention_dropout": 0.0, "projection_dim": 32}

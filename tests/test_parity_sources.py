@@ -7,6 +7,7 @@ import sys
 import ml_dtypes
 import numpy as np
 import pytest
+from reference import library
 
 from cir_jax.conversion.sources import open_source
 
@@ -218,3 +219,33 @@ def test_files_of_safetensors(tmp_path):
     source = open_source(tmp_path / "file")
     same(source, {key: state[key] for key in source.tensors})
     assert sorted(source.tensors) == sorted(state)
+
+
+@pytest.mark.parametrize("size", ["1GB", "20KB"])
+def test_folders_of_transformers(tmp_path, size):
+    """One file, and shards with their index."""
+    transformers = library("transformers")
+    CLIPConfig, CLIPModel = transformers.CLIPConfig, transformers.CLIPModel
+
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    small["num_attention_heads"] = 2
+    model = CLIPModel(
+        CLIPConfig(
+            text_config={**small, "vocab_size": 99},
+            vision_config={**small, "image_size": 16, "patch_size": 8},
+            projection_dim=16,
+        )
+    )
+    model.save_pretrained(tmp_path, max_shard_size=size)
+    source = open_source(tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1 or size == "1GB"
+    assert source.layout == "hugging face folder" and source.config["model_type"] == "clip"
+    state = model.state_dict()
+    same(source, {key: state[key] for key in source.tensors})
+    assert sorted(source.tensors) == sorted(state)
+
+
+def test_a_file_without_checksums(saved, monkeypatch):
+    monkeypatch.setattr(torch.serialization, "get_crc32_options", lambda: False)
+    state = {"x": torch.arange(6.0)}
+    same(saved(state), state)

@@ -219,6 +219,27 @@ def test_several_groups_need_a_choice(put):
         open_source(path, part="best")
 
 
+def test_what_belongs_to_training_is_never_taken_for_weights(put):
+    writer = Writer()
+    moments = {"state": {0: {"exp_avg": writer.tensor(GRID)}}, "param_groups": []}
+    path = put(
+        writer.zip(
+            {"w": writer.tensor(GRID), "opt_state": moments, "sample": {"v": writer.tensor(GRID)}}
+        )
+    )
+    source = open_source(path)
+    same(dict(source.tensors), {"w": GRID, "sample.v": GRID})
+    assert source.left_out == {"opt_state": 1}
+    writer = Writer()
+    moments = {"state": {0: {"exp_avg": writer.tensor(GRID)}}, "param_groups": []}
+    with pytest.raises(ValueError, match="holds no tensors of a model"):
+        open_source(put(writer.zip({"anything": moments, "epoch": 3})))
+    writer = Writer()
+    inner = {"state_dict": {"w": writer.tensor(GRID)}, "epoch": 3}
+    path = put(writer.zip({"best": inner, "last": {"w": writer.tensor(GRID)}}))
+    same(read(path, part="best"), {"w": GRID})
+
+
 # ---- safetensors and folders ----
 
 
@@ -492,7 +513,7 @@ def test_nested_shared_and_cyclic_structures_end_soon(put):
         "cycle": b"]q\x00h\x00a",
         "deep lists": b"]" * 100_000 + b"a" * 99_999,
         "deep tuples": b")" + b"\x85" * 300_000,
-        "long": b"N" * 3_000_000,
+        "long": b"N" * 1_100_000,
         "memo": b"".join(b"r" + struct.pack("<I", 2**31 + i) for i in range(9)),
         "copies": b"c_codecs\nencode\nq\x00X\x00\x00\x10\x00"
         + b"a" * (1 << 20)
@@ -500,10 +521,10 @@ def test_nested_shared_and_cyclic_structures_end_soon(put):
         + b"0h\x00h\x01\x85R" * 9,
     }
     for name, code in bombs.items():
-        begun = time.perf_counter()
+        begun = time.process_time()
         with pytest.raises(ValueError):
             open_source(put(zipped({"a/data.pkl": b"\x80\x02" + code + b"."})))
-        assert time.perf_counter() - begun < 8, name
+        assert time.process_time() - begun < 6, name
 
 
 def test_two_tensors_of_one_name(put):
@@ -530,9 +551,10 @@ def test_flipped_bytes_and_a_changed_file(put):
 # ---- memory ----
 
 PEAK = """
-import resource, sys
+import sys
 from cir_jax.conversion.sources import open_source
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+# Not what getrusage tells: a process begins with the peak of the one that started it.
+peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
 source = open_source(sys.argv[2])
 if sys.argv[1] == "warm":
     source.tensors["t0"]  # what the first read costs once, a tensor in hand included
@@ -546,6 +568,7 @@ print(total, (peak() - before) * 1024)
 """
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux to see the peak")
 @pytest.mark.parametrize("layout", ["torch zip", "torch legacy", "safetensors"])
 def test_one_tensor_at_a_time_in_memory(tmp_path, layout):
     """288 MB in 12 tensors: reading them all costs no more memory than reading the first."""

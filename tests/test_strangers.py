@@ -6,6 +6,7 @@ The commands run as a user starts them. Where one run meets many bad things at o
 import io
 import os
 import re
+import shutil
 import struct
 import sys
 import tarfile
@@ -22,7 +23,7 @@ import cir_jax
 from cir_jax.data import emoji
 from cir_jax.data.records import open_gallery
 from cir_jax.memory import halved_once
-from cir_jax.vectors import Vectors
+from cir_jax.vectors import Vectors, VectorWriter
 
 SIDE = 64
 MODEL = "emoji_text"
@@ -149,7 +150,8 @@ BAD = {
     "loop of links.png": (Path("loop.png"), "symbolic links"),
     "leads nowhere.png": (Path("none.png"), "No such file"),
     "leads out.png": (Path(sys.executable), "leads out of"),
-    "pipe.png": (None, "is no file"),
+    "pipe.png": (None, "is no ordinary file"),
+    "upwards": (Path(".."), "leads out of"),  # a loop of folders
 }
 IGNORED = {".hidden.png": PNG, "notes.txt": b"read me", "folder.png/.thumbs/small.png": PNG}
 
@@ -173,7 +175,6 @@ def strange(tmp_path_factory) -> Path:
         place(folder / "pictures", name, contents)
     for name, contents in IGNORED.items():
         place(folder / "pictures", name, contents)
-    os.symlink("..", folder / "pictures" / "upwards")  # a loop of folders
     done = run("cir_jax.embed", MODEL, folder / "pictures", folder / "vectors")
     assert done.returncode == 0, done.stderr.decode()
     (folder / "said").write_bytes(done.stderr)
@@ -253,6 +254,94 @@ def test_every_strange_picture_finds_itself(strange_index, strange):
         assert index.items([index.ids.index(name)])[0]["id"] == name
 
 
+def test_pictures_that_were_repaired_or_added_join_and_broken_ones_may_go(tmp_path):
+    pictures = tmp_path / "pictures"
+    for name, data in {"a.png": PNG, "b.png": b"broken", "c.png": b"", "d.png": PNG}.items():
+        place(pictures, name, data)
+    command = ("cir_jax.embed", MODEL, pictures, tmp_path / "v")
+    assert run(*command).returncode == 0
+    assert "without --strict" in error_of(*command, "--strict")
+    (pictures / "b.png").write_bytes(CMYK)
+    (pictures / "c.png").unlink()
+    (pictures / "0.png").write_bytes(GREY_ALPHA)
+    again = pictures.rename(tmp_path / "moved")
+    assert run("cir_jax.embed", MODEL, again, tmp_path / "v", "--strict").returncode == 0
+    vectors = Vectors(tmp_path / "v")
+    assert (vectors.ids, vectors.skipped) == (["a.png", "d.png", "0.png", "b.png"], [])
+    assert run("cir_jax.index", tmp_path / "v", tmp_path / "i").returncode == 0
+    items = cir_jax.open_index(tmp_path / "i").items(range(4))
+    assert [Path(item["image"]).read_bytes() for item in items] == [PNG, PNG, GREY_ALPHA, CMYK]
+    (again / "a.png").unlink()
+    assert "held other pictures, 'a.png'" in error_of(*command[:2], again, tmp_path / "v")
+
+
+def test_a_first_try_that_failed_reserves_no_folder(tmp_path):
+    place(tmp_path / "pictures", "a.png", PNG)
+    said = error_of("cir_jax.embed", "emoji_itm", tmp_path / "pictures", tmp_path / "v")
+    assert "is a re-ranker" in said and not (tmp_path / "v").exists()
+    VectorWriter(tmp_path / "v", fingerprint="of another model").close()
+    assert run("cir_jax.embed", MODEL, tmp_path / "pictures", tmp_path / "v").returncode == 0
+
+
+def test_a_moved_gallery_and_a_moved_model_are_found_by_their_options(tmp_path):
+    place(tmp_path / "here", "a.png", PNG)
+    shutil.copytree(Path(cir_jax.__file__).parent / "weights" / MODEL, tmp_path / "mine")
+    assert (
+        run("cir_jax.embed", tmp_path / "mine", tmp_path / "here", tmp_path / "v").returncode == 0
+    )
+    assert run("cir_jax.index", tmp_path / "v", tmp_path / "i").returncode == 0
+    (tmp_path / "here").rename(tmp_path / "there")
+    (tmp_path / "mine").rename(tmp_path / "yours")
+    ask = ("cir_jax.search", tmp_path / "i", "--text", "x", "--html", tmp_path / "x.html")
+    assert "say where with --checkpoint" in error_of(*ask)
+    model = ("--checkpoint", tmp_path / "yours")
+    assert "say where with --gallery" in error_of(*ask, *model)
+    assert run(*ask, *model, "--gallery", tmp_path / "there").returncode == 0
+    assert (tmp_path / "x.html").read_text().count("<figure") == 1
+
+
+def test_a_packaged_model_wins_over_a_folder_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / MODEL).mkdir()
+    assert cir_jax.load(MODEL).fingerprint
+    with pytest.raises(FileNotFoundError, match=r"has no manifest.json"):
+        cir_jax.load(f"./{MODEL}")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("g.csv", "image, id\npics/0.png, 7 \n"), ("g.jsonl", '{"image": " pics/0.png", "id": 7}\n')],
+)
+def test_lists_read_cells_as_other_tables_do(name, text, tmp_path):
+    place(tmp_path / "pics", "0.png", PNG)
+    (tmp_path / name).write_text(text)
+    gallery = open_gallery(tmp_path / name)
+    assert gallery.ids == ["7"] and Path(gallery[0]["image"]).is_file()
+
+
+@pytest.mark.parametrize("value", ["[1, 2]", "true", "NaN", '{"a": 1}'])
+def test_ids_that_are_no_text_are_refused(value, tmp_path):
+    (tmp_path / "g.jsonl").write_text(f'{{"image": "0.png", "id": {value}}}\n')
+    with pytest.raises(ValueError, match="line 1"):
+        open_gallery(tmp_path / "g.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"CIR_JAX_PROCESSES": "x"}, "CIR_JAX_PROCESSES is 'x'"),
+        ({"CIR_JAX_PROCESSES": ""}, "CIR_JAX_PROCESSES is ''"),
+        ({"CIR_JAX_PROCESSES": "2"}, "embed runs as one process"),
+    ],
+)
+def test_a_wrong_number_of_processes(environment, expected, tmp_path):
+    assert expected in error_of("cir_jax.embed", MODEL, "x", "v", env=environment, cwd=tmp_path)
+
+
+def test_a_range_of_shards_that_runs_backwards(tmp_path):
+    assert "turn them round" in error_of("cir_jax.embed", MODEL, "x-{3..0}.tar", "v", cwd=tmp_path)
+
+
 @pytest.mark.slow
 def test_a_hundred_thousand_files_in_one_folder(tmp_path):
     folder = tmp_path / "many"
@@ -287,8 +376,10 @@ def page_of(words: str, tmp_path: Path) -> Path:
         (["--text", "\u200b"], "the query text is empty"),
         (["--text", b"\xff\xfe"], "is no valid Unicode"),
         (["--image", "none.png"], "none.png"),
-        (["--image", "."], "is no file"),
-        (["--image", "/dev/zero"], "is no file"),
+        (["--image", "."], "is a folder"),
+        (["--image", "/dev/zero"], "is no ordinary file"),
+        (["--text", "x", "--fusion", "0.5"], "needs --rerank"),
+        (["--text", "x", "--html", "."], "is a folder; expected the name of a file"),
         (["--image", "empty.png"], "the file is empty"),
         (["--document", "none.txt"], "none.txt"),
         (["--document", "empty.png"], "document is empty"),

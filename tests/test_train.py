@@ -21,7 +21,7 @@ from cir_jax.config import Data, Experiment, Optim, Train
 from cir_jax.data import BENCHMARKS, training_set
 from cir_jax.data.images import ImageSpec
 from cir_jax.data.pipeline import train_batches, turns
-from cir_jax.eval import measure, named_benchmark
+from cir_jax.eval import measure
 from cir_jax.methods.blip_cir import BlipCirConfig
 from cir_jax.methods.blip_rerank import BlipRerankConfig
 from cir_jax.train import check_experiment, prepare_workdir, train
@@ -306,7 +306,6 @@ def test_turns_are_spread_evenly():
 def re_ranking(tmp_path, monkeypatch):
     """An experiment that trains a tiny re-ranker behind a tiny retriever, measured on a tiny benchmark."""
     monkeypatch.setitem(BENCHMARKS, "small-edits", edits)
-    named_benchmark.cache_clear()
     stage1 = drawn(BlipCirConfig.tiny(INPUTS))
     save_model(tmp_path / "stage1", stage1.config, stage1.params)
     jax.config.update("jax_disable_most_optimizations", True)
@@ -321,7 +320,6 @@ def re_ranking(tmp_path, monkeypatch):
         best="mrr",
     )
     jax.config.update("jax_disable_most_optimizations", False)
-    named_benchmark.cache_clear()
 
 
 def test_a_re_ranker_trains_and_keeps_its_best_model(re_ranking, tmp_path):

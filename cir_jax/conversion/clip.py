@@ -9,8 +9,6 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
-
 from cir_jax.conversion.rules import (
     CONV,
     FUSED,
@@ -367,7 +365,8 @@ def _hugging_face(tensors, source, options) -> Plan:
             "the same folder and convert the folder"
         )
     vision, text = (_part(source.config, f"{name}_config", layout) for name in ("vision", "text"))
-    faults = _config_faults(vision, text)
+    words = "text_model.embeddings.token_embedding.weight"
+    faults = _config_faults(vision, text, _shape(tensors, words, layout)[0] - 1)
     activation = vision.get("hidden_act", "quick_gelu")
     if options.activation not in (None, activation):
         faults.append(f"--activation {options.activation}, but config.json says {activation}")
@@ -412,8 +411,8 @@ def _part(config: Mapping, name: str, layout: str) -> Mapping:
     return part
 
 
-def _config_faults(vision: Mapping, text: Mapping) -> list[str]:
-    """What a config.json says that this CLIP does not compute."""
+def _config_faults(vision: Mapping, text: Mapping, last: int) -> list[str]:
+    """What a config.json says that this CLIP does not compute; `last` is the largest id."""
     faults = []
     for key, default in (("hidden_act", "quick_gelu"), ("layer_norm_eps", 1e-5)):
         both = [part.get(key, default) for part in (vision, text)]
@@ -436,9 +435,9 @@ def _config_faults(vision: Mapping, text: Mapping) -> list[str]:
             faults.append(
                 f"config.json has {name} num_attention_heads {heads!r}, expected a whole number"
             )
-    end, last = text.get("eos_token_id", 2), text.get("vocab_size", 49408) - 1
+    end = text.get("eos_token_id", 2)
     # 2 is a mistake of old files under which transformers, too, takes the largest id of a text (react.md 4.8).
-    if end not in (2, last, 49407):
+    if end not in (2, last):
         faults.append(
             f"config.json has eos_token_id {end!r}; this model reads texts at their largest id, expected {last}"
         )
@@ -465,19 +464,20 @@ def _open_clip_images(said: Mapping) -> dict:
     return _image_fields(
         said.get("mean"),
         said.get("std"),
-        {"bicubic": "bicubic", "bilinear": "bilinear", None: None}.get(
-            said.get("interpolation"), ""
-        ),
-        {"shortest": "short", "squash": "squash", None: None}.get(said.get("resize_mode"), ""),
+        _known(said.get("interpolation"), {"bicubic": "bicubic", "bilinear": "bilinear"}),
+        _known(said.get("resize_mode"), {"shortest": "short", "squash": "squash"}),
     )
 
 
 def _hugging_face_images(said: Mapping) -> dict:
     """What preprocessor_config.json says of pictures."""
-    kinds = {3: "bicubic", 2: "bilinear", None: None}
-    return _image_fields(
-        said.get("image_mean"), said.get("image_std"), kinds.get(said.get("resample"), ""), None
-    )
+    kind = _known(said.get("resample"), {3: "bicubic", 2: "bilinear"})
+    return _image_fields(said.get("image_mean"), said.get("image_std"), kind, None)
+
+
+def _known(value, names: Mapping) -> str | None:
+    """Our name for a value of theirs: None if they say nothing, "" for something unknown."""
+    return None if value is None else next((ours for x, ours in names.items() if x == value), "")
 
 
 def _image_fields(mean, std, filter, resize) -> dict:
@@ -489,7 +489,7 @@ def _image_fields(mean, std, filter, resize) -> dict:
             if (
                 not isinstance(values, list)
                 or len(values) != 3
-                or not np.isfinite(np.float64(values)).all()
+                or not all(type(x) in (int, float) and math.isfinite(x) for x in values)
             ):
                 raise ValueError(
                     f"the preprocessing of the source has {name} {values!r}, expected three numbers"

@@ -9,7 +9,15 @@ from typing import NamedTuple
 SCHEME = "hf://"
 _ADDRESS = re.compile(r"hf://(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?")
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")  # the first kind that a repository has is taken
-BESIDE = ("config.json", "vocab.txt", "open_clip_config.json")
+BESIDE = (
+    "config.json",
+    "open_clip_config.json",
+    "preprocessor_config.json",
+    "sentence_bert_config.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+    "1_Pooling/config.json",
+)
 
 
 class NoWeights(ValueError):
@@ -76,7 +84,8 @@ def _cached(download, name: str, revision: str) -> str | None:
     """The folder that an earlier download filled; None if there is none."""
     for suffix in WEIGHTS:
         patterns = [f"*{suffix}", f"*{suffix}.index.json", *BESIDE]
-        options = {"allow_patterns": patterns, "ignore_patterns": ["*/*"], "local_files_only": True}
+        options = {"allow_patterns": patterns, "local_files_only": True}
+        options["ignore_patterns"] = ["onnx/*", "openvino/*"]
         with contextlib.suppress(OSError):  # not there, or not whole
             folder = download(name, revision=revision, **options)
             if list(Path(folder).glob(f"*{suffix}")):
@@ -90,7 +99,7 @@ def chosen_files(address: str, names: Sequence[str]) -> list[str]:
     for suffix in WEIGHTS:
         weights = [name for name in top if name.endswith((suffix, f"{suffix}.index.json"))]
         if any(name.endswith(suffix) for name in weights):
-            return weights + [name for name in top if name in BESIDE]
+            return weights + [name for name in names if name in BESIDE]
     raise NoWeights(
         f"{address} has no weights ({', '.join(WEIGHTS)}) among its files {', '.join(sorted(top)[:8])}"
     )

@@ -23,7 +23,7 @@ import numpy as np
 from cir_jax.files import shown
 
 MOST_BYTES = 64 << 20  # of one pickle, without the tensors
-MOST_STEPS = 2_000_000  # instructions and copied items; a model of 1,353 tensors takes about 60,000
+MOST_STEPS = 1_000_000  # instructions and copied items; a model of 1,353 tensors takes about 60,000
 MOST_AXES = 32
 MOST = 2**48  # of a size, a stride or an offset
 SAVE_AGAIN = "where the file was made, save the tensors alone: torch.save(model.state_dict(), ...) or safetensors"
@@ -239,6 +239,8 @@ def load(stream: Any, size: int, storage: Callable[[tuple], Any]) -> Any:
 def _argument(opcode: Any, stream: Any) -> Any:
     try:
         return opcode.arg.reader(stream)
+    except UnicodeError:
+        raise damaged(f"its pickle has bytes that are no text in {opcode.name}") from None
     except (ValueError, OverflowError) as error:
         raise damaged(f"its pickle breaks off in {opcode.name} ({error})") from None
 
@@ -254,8 +256,8 @@ def _unknown(code: bytes) -> ValueError:
 
 def _typed(value: Any, *types: type) -> Any:
     if types and type(value) not in types:
-        wanted = " or ".join(kind.__name__ for kind in types)
-        raise damaged(f"its pickle has a {type(value).__name__} where a {wanted} should be")
+        found, *wanted = (kind.__name__.removesuffix("Type") for kind in (type(value), *types))
+        raise damaged(f"its pickle has a {found} where a {' or '.join(wanted)} should be")
     return value
 
 
@@ -319,7 +321,7 @@ def _build(machine: Machine, _: None) -> None:
     elif type(target) is Array:
         _build_array(target, _typed(state, tuple))
     elif type(target) is not dict:  # of an OrderedDict: `_metadata`, version numbers of modules
-        raise refused(f"the file sets the state of a {type(target).__name__}")
+        raise refused(f"the file sets the state of a {type(target).__name__.removesuffix('Type')}")
 
 
 def _build_dtype(target: Dtype, state: tuple) -> None:

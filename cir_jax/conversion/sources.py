@@ -10,6 +10,8 @@ import functools
 import hashlib
 import json
 import math
+import os
+import re
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -28,16 +30,16 @@ from cir_jax.conversion.pickles import (
     refused,
 )
 from cir_jax.conversion.torch_files import PICKLE, ZIP, Bytes, read_stream, read_zip
-from cir_jax.files import explained, local_path, read_json, sha256, shown
+from cir_jax.files import local_path, read_json, reported, sha256, shown
 
 # Names that a folder's weights may have, the one to prefer first, and those of its config.
 WEIGHTS = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin")
 WEIGHTS = (*WEIGHTS, "open_clip_pytorch_model.bin")
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 CONFIGS = ("config.json", "open_clip_config.json")
-# Keys under which training programs put the weights, and those of what else they save.
+# Keys under which training programs put the weights, and words in those of what else they save.
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights")
-TRAINING = ("optimizer", "optim", "scheduler", "lr_scheduler", "scaler", "rng", "amp", "epoch")
+TRAINING = {"optimizer", "optimizers", "optim", "opt", "scheduler", "scaler", "rng", "amp", "loss"}
 MOST_HEADER = 16 << 20  # bytes of JSON
 MOST_VISITS = 1_000_000  # values of a file; a few shared lists can stand for billions
 MOST_DEPTH = 64
@@ -123,7 +125,7 @@ class Source:
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def open_source(path: str, part: str | None = None) -> Source:
+def open_source(path: str | os.PathLike, part: str | None = None) -> Source:
     """The tensors of a file or a folder of weights.
 
     Args:
@@ -132,10 +134,11 @@ def open_source(path: str, part: str | None = None) -> Source:
 
     Raises:
       OSError: nothing is there, or it may not be read.
-      ValueError: everything else: no such format, damaged, made to mislead, ambiguous. The message begins with the path.
+      ValueError: everything else: no such format, damaged, made to mislead, ambiguous. The message begins with the path
+        of the file that is at fault.
     """
     path = local_path(path)
-    with explained(path, "read"):
+    with reported(path, "read"):
         mode = path.stat().st_mode
     try:
         if stat.S_ISDIR(mode):
@@ -153,7 +156,7 @@ def open_source(path: str, part: str | None = None) -> Source:
 
 
 def _is_json(path: Path) -> bool:
-    with open(path, "rb") as file:
+    with reported(path, "read"), open(path, "rb") as file:
         start = file.read(64)
     # The length that a safetensors file begins with may look like a brace, but has zeros behind it.
     return start.lstrip()[:1] == b"{" and b"\0" not in start
@@ -192,7 +195,8 @@ def _open_shards(index: Path, part: str | None) -> Source:
         )
     names = set(shards.values()) if all(type(x) is str for x in shards.values()) else {""}
     for name in names:
-        if not name or name in (".", "..") or set("/\\:\0") & set(name) or not name.isprintable():
+        outside = name in ("", ".", "..") or bool(set("/\\:") & set(name))
+        if outside or not name.isprintable() or len(name.encode()) > 255:
             raise ValueError(
                 f"{index.name} names the shard {shown(name)}, expected a file beside it"
             )
@@ -220,7 +224,7 @@ def _open_shards(index: Path, part: str | None) -> Source:
 
 def _open_file(path: Path, part: str | None) -> Source:
     """One file of any format; a ValueError begins with its path."""
-    with explained(path, "read"):
+    with reported(path, "read"):
         file = Bytes(path)
         with open(path, "rb") as opened:
             start = opened.read(64)
@@ -294,6 +298,8 @@ def _no_number(name: str) -> None:
 
 
 def _short(error: Exception) -> str:
+    if isinstance(error, UnicodeError):
+        return "no UTF-8"
     return "too deep" if isinstance(error, RecursionError) else shown(str(error))[1:-1]
 
 
@@ -326,35 +332,53 @@ def _entry(key: str, entry: Any, file: Bytes, first: int) -> Tensor:
 
 
 def _chosen(value: Any, layout: str, file: Bytes, part: str | None) -> Source:
-    """The group of tensors that is the model's."""
-    facts: dict[str, Any] = {}
+    """The group of tensors that is the model's, or the `part` of the caller."""
+    aside = Gathered(iter(range(MOST_VISITS)))
     left_out: dict[str, int] = {}
-    budget = iter(range(MOST_VISITS))
-    if part not in (None, "*") and part not in _children(value):
+    if part not in (None, "*", *_children(value)):
         known = sorted(_children(value))[:8]
         raise ValueError(f"has no part {shown(part)}; it has {shown(known)}")
-    key = part if part != "*" else None
-    while key is not None or (part is None and (key := _wrapped(value, budget)) is not None):
+    if part != "*":
+        key = part or _wrapped(value, aside.budget)
+        while key is not None:
+            children = _children(value)
+            value = children.pop(key)
+            left_out |= _set_aside(children, aside)
+            key = _wrapped(value, aside.budget)
         children = _children(value)
-        value, key = children.pop(key), None
-        for other, each in children.items():
-            beside = Gathered(budget).add(other, each)
-            if beside.tensors:
-                left_out[other] = len(beside.tensors)
-            else:
-                facts |= beside.facts
-    gathered = Gathered(budget).add("", value)
+        training = {k: v for k, v in children.items() if _is_training(k, v)}
+        if training:
+            left_out |= _set_aside(training, aside)
+            value = {k: v for k, v in children.items() if k not in training}
+    gathered = Gathered(aside.budget).add("", value)
     if not gathered.tensors:
-        raise ValueError("holds no tensors; expected the weights of a model")
-    facts |= gathered.facts
+        raise ValueError("holds no tensors of a model; expected its weights")
+    facts = aside.facts | {k: v for k, v in gathered.facts.items() if k}
     return Source(Tensors(gathered.tensors), None, facts, layout, left_out, (file.path,))
+
+
+def _set_aside(children: dict[str, Any], aside: "Gathered") -> dict[str, int]:
+    """How many tensors lie at each of the keys; what is plain there goes to the facts of `aside`."""
+    counts = {}
+    for key, each in children.items():
+        found = Gathered(aside.budget).add(key, each)
+        if found.tensors:
+            counts[key] = len(found.tensors)
+        else:
+            aside.facts |= found.facts
+    return counts
 
 
 def _children(value: Any) -> dict[str, Any]:
     """What lies in a dictionary or a list, by name."""
     if type(value) in (list, tuple):
         return {str(i): each for i, each in enumerate(value)}
-    return {str(key): each for key, each in value.items()} if type(value) is dict else {}
+    if type(value) is not dict:
+        return {}
+    children = {str(key): each for key, each in value.items()}
+    if len(children) < len(value):
+        raise damaged("it has a dictionary with a number and the same number as text")
+    return children
 
 
 def _wrapped(value: Any, budget: Iterator[int]) -> str | None:
@@ -372,14 +396,18 @@ def _wrapped(value: Any, budget: Iterator[int]) -> str | None:
         return None
     if len(groups) > 1:
         listed = ", ".join(f"{shown(key)} ({n} tensors)" for key, n in sorted(groups.items())[:8])
-        raise ValueError(f"holds several groups of tensors: {listed}; say which one, or * for all")
+        raise ValueError(
+            f"holds several groups of tensors: {listed}; say which with --group NAME (in Python part=NAME), or * for all"
+        )
     return next(iter(groups))
 
 
 def _is_training(key: str, value: Any) -> bool:
     """True for the state of an optimizer, however it is called, and what else belongs to training."""
+    if type(value) not in (dict, list, tuple):
+        return False
     optimizer = type(value) is dict and {"state", "param_groups"} <= set(value)
-    return optimizer or any(word in key.lower() for word in TRAINING)
+    return optimizer or bool(TRAINING & set(re.split("[^a-z]+", key.lower())))
 
 
 def _is_tensor(value: Any) -> bool:

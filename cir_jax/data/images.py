@@ -94,8 +94,13 @@ def open_image(source: Source) -> "Image.Image":
         return _decode(io.BytesIO(source), f"picture of {len(source)} bytes")
     if isinstance(source, str | os.PathLike):
         path = Path(source).absolute()
-        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for ever
-            raise ValueError(f"{path}: is no file, so no picture either; remove it")
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise ValueError(
+                f"{path}: is a folder, or a link to one; expected the file of a picture"
+            )
+        if not stat.S_ISREG(mode):  # opening a pipe would wait for ever
+            raise ValueError(f"{path}: is no ordinary file; expected that of a picture")
         with path.open("rb") as file:
             return _decode(file, str(path))
     raise ValueError(

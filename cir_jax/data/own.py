@@ -4,16 +4,26 @@ Every path is relative to the folder of its table and may not lead out of it, ne
 a link. Everything is read and checked when it is opened; pictures are only looked for, not decoded.
 """
 
+import difflib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from cir_jax.data.benchmark import Benchmark
-from cir_jax.data.records import LISTS, Gallery, _inside, open_gallery
+from cir_jax.data.records import LISTS, Gallery, file_inside, open_gallery
 from cir_jax.data.tables import TABLES, Row, read_table, refuse, relative, string, strings
 
 SEPARATOR = "|"  # between the ids of a list in a cell of a CSV
+COLUMNS = (
+    "text",
+    "image",
+    "document",
+    "reference",
+    "subset",
+    "id",
+    "rule",
+)  # of queries, all optional
 VARIANT, SPLIT = "own", "all"  # of benchmarks of one's own, in results
 
 
@@ -70,7 +80,8 @@ def _training_rows(root, pictures) -> list[dict[str, str]]:
     return _each(f"{file} cannot be trained on", table, row)
 
 
-def _check_columns(file, table: Sequence[Row], wanted) -> None:
+def _check_columns(file, table: Sequence[Row], wanted, optional=()) -> None:
+    """Refuse a table that lacks columns, or has one that looks like a misspelled one of `optional`."""
     if not table:
         raise ValueError(f"{file} has no rows; expected {', '.join(wanted)} in each")
     known = list(dict.fromkeys(name for row in table for name in row.values))
@@ -80,6 +91,11 @@ def _check_columns(file, table: Sequence[Row], wanted) -> None:
             f"{file} has no column {', '.join(missing)}; it has {', '.join(known) or 'none'}, "
             f"expected {', '.join(wanted)}"
         )
+    for name in set(known) - {*wanted, *optional}:
+        for near in difflib.get_close_matches(name.lower(), [*wanted, *optional], 1, 0.75):
+            raise ValueError(
+                f"{file} has a column {name}; if {near} is meant, write it so, else give it another name"
+            )
 
 
 def _each(title: str, table: Sequence[Row], make: Callable[[dict], Any]) -> list:
@@ -125,7 +141,7 @@ def _finder(root: Path) -> Callable[[str], str]:
                 raise ValueError(
                     f"{name} leads out of {root}; put the table into a folder above the pictures"
                 )
-            file = _inside(root, path)
+            file = file_inside(root, path)
             if not os.path.isfile(file):
                 raise ValueError(f"there is no picture {file}")
             found[name] = str(file)
@@ -175,7 +191,7 @@ def benchmark(folder: str) -> Benchmark:
             f"{root} has no queries; expected one of {_names('queries', TABLES)}"
         )
     table = read_table(file)
-    _check_columns(file, table, ("targets",))
+    _check_columns(file, table, ("targets",), COLUMNS)
     asked = _queries(file, table, gallery)
     return Benchmark(
         name=os.path.normpath(folder),

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from cir_jax.data.tables import TABLES, read_table, read_text, relative
+from cir_jax.data.tables import TABLES, read_table, read_text, relative, string
 from cir_jax.files import shown
 
 READABLE = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
@@ -130,22 +130,27 @@ def _folder(root):
 
 
 def _pictures(root) -> Iterator[str]:
-    """Paths of pictures below `root`, relative, with slashes; nothing hidden."""
+    """Paths of pictures below `root`, relative, with slashes; nothing hidden.
+
+    Links to folders are among them: they are not followed, and reading one says so.
+    """
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith(".")]
+        linked = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+        yield from ((Path(folder) / name).relative_to(root).as_posix() for name in linked)
         for name in names:
             if name.lower().endswith(PICTURES) and not name.startswith("."):
                 yield (Path(folder) / name).relative_to(root).as_posix()
 
 
 def _read_file(root, paths, texts, row):
-    item = {"image": str(_inside(root, paths[row]))}
+    item = {"image": str(file_inside(root, paths[row]))}
     return item | ({"text": texts[row]} if row in texts else {})
 
 
-def _inside(root, relative):
-    """The file `relative` of the folder `root`, which links may not lead out of."""
-    path = root / relative
+def file_inside(root: Path, name: str) -> Path:
+    """The file `name` of the folder `root`, which links may not lead out of."""
+    path = root / name
     target = Path(os.path.realpath(path))  # of a loop of links the first; Path.resolve fails on one
     if not target.is_relative_to(os.path.realpath(root)):
         raise ValueError(f"{path} leads out of {root}, to {target}; copy the file there")
@@ -192,11 +197,14 @@ def _table_records(file):
 
 def _record(record, place):
     """`image`, `id` and `text` of one entry, as strings."""
-    if not isinstance(record.get("image"), str) or not record["image"].strip():
+    try:
+        known = {key: string(record.get(key)) for key in ("image", "id", "text")}
+    except ValueError as error:
+        raise ValueError(f"{place}: a value {error}") from None
+    if not isinstance(record.get("image"), str) or not known["image"]:
         found = textwrap.shorten(", ".join(str(name)[:40] for name in record), 200) or "nothing"
         raise ValueError(f"{place} has no `image` with a path; it has {found}")
-    known = {key: record.get(key) for key in ("image", "id", "text")}
-    return {key: str(value) for key, value in known.items() if value is not None}
+    return {key: value for key, value in known.items() if value is not None}
 
 
 _RECORDS = {".txt": _text_records, **dict.fromkeys(TABLES, _table_records)}
@@ -245,6 +253,8 @@ def _expand(pattern):
     names = [pattern.name]
     while match := _RANGE.search(names[0]):
         low, high = match[1], match[2]
+        if int(low) > int(high):
+            raise ValueError(f"{pattern} names no shards: {low} is above {high}; turn them round")
         if len(names) * (int(high) - int(low)) > MOST_SHARDS:
             raise ValueError(f"{pattern} names more than {MOST_SHARDS:,} shards; narrow its range")
         numbers = [f"{n:0{len(low)}d}" for n in range(int(low), int(high) + 1)]

@@ -1,0 +1,95 @@
+"""CLIP with a modified ResNet, as a method: its config, its training, its types. Golden numbers: test_convert.py."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from test_methods import INPUTS, made, training_batch
+
+from cir_jax import optim
+from cir_jax.checkpoint import abstract_params
+from cir_jax.encoders.clip import VisionConfig
+from cir_jax.encoders.resnet import ResnetConfig, pooled
+from cir_jax.methods.clip import Clip, ClipConfig
+from cir_jax.typed import from_json, to_json
+
+
+def tiny() -> ClipConfig:
+    vision = ResnetConfig(size=INPUTS.image.size, width=8, layers=(2, 1, 2, 1), heads=4)
+    return dataclasses.replace(ClipConfig.tiny(INPUTS), vision=vision)
+
+
+@pytest.mark.parametrize(
+    "vision", [VisionConfig(patch=16), ResnetConfig(), ResnetConfig(layers=(1, 2, 3, 4))]
+)
+def test_a_config_says_which_tower_it_means(vision):
+    config = ClipConfig(vision=vision)
+    assert from_json(ClipConfig, json.loads(json.dumps(to_json(config)))) == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"patch": 32}, r"vision\."),
+        ({"layers": [1, 2, 3]}, "vision.layers is"),
+        ({"heads": "many"}, 'vision.heads is "many", expected a whole number'),
+    ],
+)
+def test_a_config_of_neither_tower_is_refused(changes, message):
+    value = to_json(ClipConfig(vision=ResnetConfig()))
+    value["vision"] |= changes
+    with pytest.raises(ValueError, match=message):
+        from_json(ClipConfig, json.loads(json.dumps(value)))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (dataclasses.replace(tiny(), patches_kept=0.5), "no patches to leave out"),
+        (dataclasses.replace(tiny(), vision=ResnetConfig(size=40)), "inputs.image.size"),
+        (
+            dataclasses.replace(tiny(), vision=ResnetConfig(size=32, layers=(1, 0, 1, 1))),
+            "at least one",
+        ),
+    ],
+)
+def test_sizes_that_cannot_be(config, message):
+    with pytest.raises(ValueError, match=message):
+        nnx.eval_shape(lambda: Clip(config, nnx.Rngs(0)))
+
+
+def test_batch_statistics_do_not_learn_and_do_not_decay():
+    model, batch = made(tiny()), training_batch("clip")
+    loss = lambda p: nnx.merge(model.graph, p).loss(batch, jax.random.key(0))[0]
+    grads = jax.jit(jax.grad(loss))(model.params)
+    flat = {jax.tree_util.keystr(path): g for path, g in jax.tree_util.tree_leaves_with_path(grads)}
+    assert all(np.isfinite(g).all() for g in flat.values())
+    held = {name for name, g in flat.items() if not np.abs(g).max() > 0}
+    frozen = {name for name in flat if name.endswith(("['mean']", "['variance']"))}
+    assert frozen <= held
+    assert any("stage1" in name for name in flat.keys() - held)
+    decays = optim.decays(model.params)["image"]["stage1"]["blocks"]["conv1"]
+    assert decays["kernel"] and not decays["norm"]["mean"] and not decays["norm"]["variance"]
+
+
+def test_bfloat16_stays_close_to_float32():
+    model = made(tiny())
+    config = dataclasses.replace(model.config, dtype="bfloat16")
+    rough = dataclasses.replace(model, config=config, graph=abstract_params(config)[0])
+    images = np.random.default_rng(0).normal(size=(3, 32, 32, 3)).astype(np.float32)
+    call = lambda m: np.asarray(nnx.merge(m.graph, m.params).item({"image": images}))
+    exact, near = call(model), call(rough)
+    assert 0 < np.abs(exact - near).max() < 2e-2
+    np.testing.assert_allclose(np.linalg.norm(near, axis=1), 1, atol=1e-5)
+
+
+def test_pooling_cuts_what_is_left_over():
+    x = jnp.arange(2 * 5 * 4, dtype=jnp.float32).reshape(2, 5, 4, 1)
+    y = pooled(x, 2)
+    assert y.shape == (2, 2, 2, 1)
+    assert float(y[0, 0, 0, 0]) == (0 + 1 + 4 + 5) / 4
+    assert pooled(x, 1) is x
