@@ -175,6 +175,7 @@ def read_model(folder: str | os.PathLike):
         )
     config = _stored_config(folder, manifest)
     files.check_sums(folder, manifest["sums"])
+    config = with_vocabulary(config, folder)
     graph, shapes = _fitting_params(folder, config, manifest["parameters"])
     params = _restore(folder, shapes, np.dtype(manifest["dtype"]))
     mark = fingerprint(manifest["config"], params, _vocabulary(config, manifest["sums"]))
@@ -183,7 +184,7 @@ def read_model(folder: str | os.PathLike):
             f"{folder.absolute()} was changed: its config and parameters have the fingerprint {mark}, its manifest "
             f"says {files.shown(manifest['fingerprint'])}; copy the folder again"
         )
-    return with_vocabulary(config, folder), graph, params, manifest
+    return config, graph, params, manifest
 
 
 def _stored_config(folder: Path, manifest: Mapping):

@@ -122,3 +122,23 @@ def wrong_rows(rows: int, groups: jax.Array | None) -> jax.Array:
     """`[B, B]`, True where item i is a wrong answer for query q."""
     groups = jnp.arange(rows) if groups is None else groups
     return groups[:, None] != groups[None, :]
+
+
+def nt_xent(first: jax.Array, second: jax.Array, temperature: float) -> jax.Array:
+    """SimCLR's loss (Chen et al. 2020) over matching unit vectors `[B, D]` of two kinds.
+
+    Each of the 2 B rows looks for its partner among all others, those of its own kind included.
+    """
+    rows = jnp.concatenate([first, second])
+    count = len(rows)
+    scores = jnp.einsum("id,jd->ij", rows, rows) / temperature
+    scores = jnp.where(jnp.eye(count, dtype=bool), jnp.finfo(scores.dtype).min, scores)
+    partner = jnp.roll(jnp.arange(count), count // 2)[:, None]
+    return -jnp.take_along_axis(jax.nn.log_softmax(scores), partner, axis=1).mean()
+
+
+def cosine(first: jax.Array, second: jax.Array) -> jax.Array:
+    """The mean of 1 - cosine over rows `[B, D]`; a zero row has cosine 0, as in PyTorch's CosineEmbeddingLoss."""
+    squares = lambda x: jnp.sum(x * x, axis=-1) + 1e-12
+    inner = jnp.einsum("bd,bd->b", first, second)
+    return jnp.mean(1 - inner * jax.lax.rsqrt(squares(first) * squares(second)))

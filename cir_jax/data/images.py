@@ -30,7 +30,9 @@ class ImageSpec:
 
     Attributes:
       size: side of the square.
-      resize: "short" takes the short side to `size` and cuts the centre; "squash" ignores the aspect ratio.
+      resize: "short" takes the short side to `size` and cuts the centre; "targetpad" does so too, but first puts black
+        bars along a picture whose sides differ by the factor `target_ratio` or more, up to that ratio (Baldrati et al.
+        2022, "CLIP4Cir"; FTI4CIR, SEARLE); "squash" ignores the aspect ratio.
       short: what "short" takes the short side to before it cuts, where that is more than `size`; None for `size`.
       filter: of the resize, always with antialiasing.
       crop_offset: "round" as torchvision (half to even), "floor" as Hugging Face; one pixel apart when the part to cut
@@ -41,10 +43,13 @@ class ImageSpec:
         is what the published pipelines do and which shows whatever colour the hidden pixels have.
       mean: subtracted from values in [0, 1].
       std: divides the difference.
+      target_ratio: long side by short side, for "targetpad" alone.
+      scale_by_brightest: the square's largest value becomes 1 instead of 255 (MagicLens, which takes the largest of
+        the picture before its resize).
     """
 
     size: int = 224
-    resize: Literal["short", "squash"] = "short"
+    resize: Literal["short", "targetpad", "squash"] = "short"
     short: int | None = None
     filter: Literal["bicubic", "bilinear"] = "bicubic"
     crop_offset: Literal["round", "floor"] = "round"
@@ -52,11 +57,13 @@ class ImageSpec:
     background: tuple[int, int, int] | None = None
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
+    target_ratio: float = 1.25
+    scale_by_brightest: bool = False
 
     def __post_init__(self):
         if self.size < 1:
             raise ValueError(f"image size {self.size}; expected at least 1")
-        _one_of("resize", self.resize, ("short", "squash"))
+        _one_of("resize", self.resize, ("short", "targetpad", "squash"))
         if self.short is not None and (self.short < self.size or self.resize != "short"):
             raise ValueError(
                 f"image short is {self.short} with resize {self.resize!r} and size {self.size}; it needs resize "
@@ -64,6 +71,8 @@ class ImageSpec:
             )
         _one_of("filter", self.filter, ("bicubic", "bilinear"))
         _one_of("crop_offset", self.crop_offset, ("round", "floor"))
+        if not self.target_ratio >= 1:
+            raise ValueError(f"image target_ratio {self.target_ratio}; expected at least 1")
 
 
 def open_image(source: Source) -> "Image.Image":
@@ -119,6 +128,8 @@ def crop(image: Source, spec: ImageSpec) -> np.ndarray:
     picture = open_image(image)
     if spec.convert_first:
         picture = _rgb(picture, spec.background)
+    if spec.resize == "targetpad":
+        picture = _padded(picture, spec.target_ratio)
     picture = _centre(_resize(picture, spec), spec)
     return np.asarray(_rgb(picture, spec.background))
 
@@ -126,7 +137,7 @@ def crop(image: Source, spec: ImageSpec) -> np.ndarray:
 def prepare(image: Source, spec: ImageSpec) -> np.ndarray:
     """The normalised square, `[size, size, 3]` float32; the operations and their order are torchvision's."""
     values = crop(image, spec).astype(np.float32)
-    values /= np.float32(255)
+    values /= np.float32(max(values.max(), 1) if spec.scale_by_brightest else 255)
     values -= np.asarray(spec.mean, np.float32)
     values /= np.asarray(spec.std, np.float32)
     return values
@@ -190,6 +201,24 @@ def _rgb(picture: "Image.Image", background: tuple[int, int, int] | None) -> "Im
         picture = picture.copy()
         del picture.info["transparency"]  # same pixels, without Pillow's warning
     return picture if picture.mode == "RGB" else picture.convert("RGB")
+
+
+def _padded(picture: "Image.Image", ratio: float) -> "Image.Image":
+    """The picture between two black bars if it is longer than `ratio` allows; the bars' widths are cut to whole."""
+    from PIL import Image, ImageOps
+
+    long, short = max(picture.size), min(picture.size)
+    if long / short < ratio:
+        return picture
+    bars = [max(int((long / ratio - side) / 2), 0) for side in picture.size]
+    width, height = (side + 2 * bar for side, bar in zip(picture.size, bars))
+    if Image.MAX_IMAGE_PIXELS and width * height > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(
+            f"a picture of {picture.size[0]} x {picture.size[1]} is too long: with bars of {width} x {height} it has "
+            f"more than {Image.MAX_IMAGE_PIXELS} pixels; cut it"
+        )
+    # A colour number: under a palette (`convert_first=False`) the bars have the palette's first colour, as originally.
+    return ImageOps.expand(picture, (*bars, *bars))
 
 
 def _resize(picture: "Image.Image", spec: ImageSpec) -> "Image.Image":

@@ -47,6 +47,18 @@ class TextConfig:
     heads: int = 8
 
 
+# The sizes that OpenAI published with a vision transformer, as fields of a config.
+OPENAI_VITS = {
+    "L/14": {
+        "vision": VisionConfig(patch=14, width=1024, layers=24, heads=16),
+        "text": TextConfig(width=768, heads=12),
+        "embed": 768,
+    },
+    "B/32": {"vision": VisionConfig(patch=32), "text": TextConfig(), "embed": 512},
+    "B/16": {"vision": VisionConfig(patch=16), "text": TextConfig(), "embed": 512},
+}
+
+
 class Block(nnx.Module):
     """Pre-norm transformer block. `depth` is the tower's number of blocks and scales the initial weights."""
 
@@ -134,9 +146,11 @@ class ClipText(nnx.Module):
         self.ln_final = layer_norm(width, rngs, epsilon)
         self.project = Linear(width, embed, std=width**-0.5, bias=False, dtype=dtype, rngs=rngs)
 
-    def __call__(self, ids: jax.Array) -> jax.Array:
+    def __call__(self, ids: jax.Array, words: jax.Array | None = None) -> jax.Array:
+        """`words` `[B, L, width]`, if given, are read in place of the ids' own embeddings (pseudo-words)."""
         length = ids.shape[1]
-        x = self.embedding[...][ids] + self.positions[...][:length]
+        words = self.embedding[...][ids] if words is None else words
+        x = words + self.positions[...][:length]
         causal = jnp.tril(jnp.ones((length, length), bool))
         x = self.ln_final(run(self.blocks, x, causal, remat=self.remat))
         # The end token has the largest id; padding behind it is invisible to it under the causal mask.

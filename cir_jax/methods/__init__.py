@@ -10,6 +10,9 @@ from cir_jax.methods.blip_itm import BlipItm, BlipItmConfig
 from cir_jax.methods.blip_rerank import BlipRerank, BlipRerankConfig
 from cir_jax.methods.cfir import Cfir, CfirConfig
 from cir_jax.methods.clip import Clip, ClipConfig
+from cir_jax.methods.fti4cir import Fti4cir, Fti4cirConfig
+from cir_jax.methods.inversion import Inversion, LinCirConfig, Pic2WordConfig, SearleConfig
+from cir_jax.methods.magiclens import MagicLens, MagicLensConfig
 from cir_jax.methods.maria import Maria, MariaConfig
 
 Batch = dict[str, dict[str, jax.Array]]
@@ -65,6 +68,11 @@ METHODS = {
     "blip_cir": (BlipCirConfig, BlipCir),
     "blip_rerank": (BlipRerankConfig, BlipRerank),
     "blip_itm": (BlipItmConfig, BlipItm),
+    "magiclens": (MagicLensConfig, MagicLens),
+    "pic2word": (Pic2WordConfig, Inversion),
+    "searle": (SearleConfig, Inversion),
+    "lincir": (LinCirConfig, Inversion),
+    "fti4cir": (Fti4cirConfig, Fti4cir),
 }
 
 
