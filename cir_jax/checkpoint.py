@@ -12,7 +12,7 @@ import math
 import os
 import reprlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,6 +35,18 @@ def abstract_params(config):
     """The tree of shapes that a method's config implies, and its graph definition."""
     graph, state = nnx.split(nnx.eval_shape(lambda: build(config, nnx.Rngs(0))))
     return graph, nnx.to_pure_dict(state)
+
+
+def initial_params(config, names: Sequence[str], seed: int = 0) -> dict[str, np.ndarray]:
+    """Some parameters of a new model by path; the others are not made. Always on the CPU, for the same bytes anywhere."""
+
+    def made():
+        state = nnx.to_pure_dict(nnx.state(build(config, nnx.Rngs(seed))))
+        flat = traverse_util.flatten_dict(state, sep="/")
+        return {name: flat[name] for name in names}
+
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        return jax.device_get(jax.jit(made)())
 
 
 def fingerprint(config: Mapping, params, vocabulary: str) -> str:

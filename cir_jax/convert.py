@@ -27,10 +27,10 @@ class Arguments:
     paths: tyro.conf.Positional[tuple[str, ...]]
     """SOURCE [part=SOURCE …] DEST, or with --export CHECKPOINT DEST.safetensors"""
     method: str | None = None
-    """what the checkpoint is: clip, bert, cfir (BEiT-3), maria"""
+    """what the checkpoint is: clip, bert, cfir (BEiT-3), maria, blip_cir, blip_itm, blip_rerank"""
     variant: str | None = None
     """what the file does not tell: the published name of a CLIP (ViT-B/32, ViT-B-32-quickgelu); mean or cls of a BERT;
-    cfir or multiway-adapter of a CFIR with adapters"""
+    cfir or multiway-adapter of a CFIR with adapters; pixels of a BLIP's pictures, if not those of the file"""
     tokenizer: Path | None = None
     """vocabulary file, if it is neither CLIP's nor in the source's folder"""
     activation: Literal["quick_gelu", "gelu"] | None = None
@@ -68,9 +68,10 @@ class Converted:
 
 
 def _modules() -> dict:
-    from cir_jax.conversion import beit3, bert, clip, maria
+    from cir_jax.conversion import beit3, bert, blip, clip, maria
 
-    return {"clip": clip, "bert": bert, "cfir": beit3, "maria": maria}
+    modules = {"clip": clip, "bert": bert, "cfir": beit3, "maria": maria}
+    return modules | dict.fromkeys(("blip_cir", "blip_itm", "blip_rerank"), blip)
 
 
 def _module(method: str | None):
@@ -106,15 +107,18 @@ def convert(
     """
     files.refuse_existing(dest)
     module = _module(method)
-    if parts:
+    known, parts = getattr(module, "PARTS", {}).get(method, ()), parts or {}
+    if not set(parts) <= set(known):
+        more = f", perhaps with {', '.join(f'{part}=SOURCE' for part in known)}" if known else ""
         raise ValueError(
-            f"{method} is made of one source; found {', '.join(sorted(parts))} besides"
+            f"{method} is made of one source{more}; found {', '.join(sorted(parts))} besides"
         )
     from cir_jax.conversion.rules import Options
-    from cir_jax.conversion.sources import open_source
+    from cir_jax.conversion.sources import joined, open_source
 
     path, folder, came_from = _found(source)
     options = Options(
+        method=method,
         variant=variant,
         activation=activation,
         tokenizer=None if tokenizer is None else files.local_path(tokenizer),
@@ -124,9 +128,12 @@ def convert(
     if options.tokenizer and not options.tokenizer.is_file():
         raise FileNotFoundError(f"there is no vocabulary file {options.tokenizer.absolute()}")
     try:
-        opened = open_source(path, group)
-        plan = module.plan({"": opened}, options)
-        return _written(plan, opened, dest, dtype, came_from)
+        opened = {"": open_source(path, group)}
+        for part, each in parts.items():
+            found, _, name = _found(each)
+            opened[part], came_from = open_source(found), f"{came_from} {part}={name}"
+        plan = module.plan(opened, options)
+        return _written(plan, joined(opened), dest, dtype, came_from)
     except ValueError as error:
         place = printable(str(source))
         told = str(error)
@@ -153,13 +160,14 @@ def _written(plan, source, dest, dtype: str, came_from: str) -> Converted:
     """Convert by a plan and save; memory holds the model once, and one tensor more."""
     from flax import traverse_util
 
-    from cir_jax.checkpoint import abstract_params, save_model
+    from cir_jax.checkpoint import abstract_params, initial_params, save_model
     from cir_jax.conversion.rules import convert as apply
     from cir_jax.conversion.rules import module_fingerprints
 
     _, tree = abstract_params(plan.config)
     shapes = {name: tuple(x.shape) for name, x in traverse_util.flatten_dict(tree, sep="/").items()}
-    params, ignored = apply(source.tensors, plan, shapes, dtype)
+    fresh = initial_params(plan.config, plan.fresh) if plan.fresh else {}
+    params, ignored = apply(source.tensors, plan, shapes, dtype, fresh)
     modules = module_fingerprints(params)
     about = {
         "converted": {
@@ -187,8 +195,9 @@ def _written(plan, source, dest, dtype: str, came_from: str) -> Converted:
 def export(checkpoint: str | os.PathLike, dest: str | os.PathLike) -> int:
     """Write a checkpoint with the original library's names, float32, and return the number of tensors.
 
-    CLIP gets OpenAI's names (which open_clip reads too), BERT those of `transformers.BertModel`. Batch norm's counts of
-    training steps are no part of a model here; PyTorch begins them at 0.
+    CLIP gets OpenAI's names (which open_clip reads too), BERT those of `transformers.BertModel`; the text encoder of
+    stage I inside a `blip_rerank` stands behind `stage1.`. Batch norm's counts of training steps are no part of a model
+    here, PyTorch begins them at 0; nor are `position_ids`.
 
     Raises:
       FileExistsError: something is at `dest`.

@@ -38,55 +38,59 @@ def linears(sizes):
     }
 
 
-def _vit_shapes():
-    sizes = {"patch_embed.proj": (WIDTH, 3, 8, 8), "norm": (WIDTH,)}
-    for n in range(IMAGE.layers):
+def _vit_shapes(image):
+    width, rows = image.width, 1 + (image.size // image.patch) ** 2
+    sizes = {"patch_embed.proj": (width, 3, image.patch, image.patch), "norm": (width,)}
+    for n in range(image.layers):
         block = {
-            "norm1": (WIDTH,),
-            "norm2": (WIDTH,),
-            "attn.qkv": (3 * WIDTH, WIDTH),
-            "attn.proj": (WIDTH, WIDTH),
-            "mlp.fc1": (4 * WIDTH, WIDTH),
-            "mlp.fc2": (WIDTH, 4 * WIDTH),
+            "norm1": (width,),
+            "norm2": (width,),
+            "attn.qkv": (3 * width, width),
+            "attn.proj": (width, width),
+            "mlp.fc1": (4 * width, width),
+            "mlp.fc2": (width, 4 * width),
         }
         sizes |= {f"blocks.{n}.{k}": s for k, s in block.items()}
-    shapes = linears(sizes) | {"cls_token": (1, 1, WIDTH), "pos_embed": (1, 17, WIDTH)}
+    shapes = linears(sizes) | {"cls_token": (1, 1, width), "pos_embed": (1, rows, width)}
     return {f"visual_encoder.{k}": s for k, s in shapes.items()}
 
 
-def _text_shapes(branches, merge_from=LAYERS):
-    """`branches`: pairs of suffixes, of linear layers and of norms."""
-    sizes = {"embeddings.LayerNorm": (WIDTH,)}
-    for n in range(LAYERS):
+def _text_shapes(text, branches, merge_from=None):
+    """`branches`: pairs of suffixes, of linear layers and of norms; `merge_from` None: there are no merge layers."""
+    width = text.width
+    sizes = {"embeddings.LayerNorm": (width,)}
+    for n in range(text.layers):
         layer = {
-            "intermediate.dense": (TEXT.hidden, WIDTH),
-            "output.dense": (WIDTH, TEXT.hidden),
-            "output.LayerNorm": (WIDTH,),
+            "intermediate.dense": (text.hidden, width),
+            "output.dense": (width, text.hidden),
+            "output.LayerNorm": (width,),
         }
-        for kind in ("attention", "crossattention"):
+        for kind, seen in (("attention", width), ("crossattention", text.image_width)):
             for number, letter in branches:
-                roles = ("query", "key", "value")
-                layer |= {f"{kind}.self{number}.{role}": (WIDTH, WIDTH) for role in roles}
-                layer[f"{kind}.output.dense{number}"] = (WIDTH, WIDTH)
-                layer[f"{kind}.output.LayerNorm{letter}"] = (WIDTH,)
-        if n >= merge_from:
-            layer["crossattention.output.merge_layer"] = (WIDTH, 2 * WIDTH)
+                inputs = {"query": width, "key": seen, "value": seen}
+                layer |= {f"{kind}.self{number}.{role}": (width, n) for role, n in inputs.items()}
+                layer[f"{kind}.output.dense{number}"] = (width, width)
+                layer[f"{kind}.output.LayerNorm{letter}"] = (width,)
+        if merge_from is not None and n >= merge_from:
+            layer["crossattention.output.merge_layer"] = (width, 2 * width)
         sizes |= {f"encoder.layer.{n}.{k}": s for k, s in layer.items()}
     shapes = linears(sizes) | {
-        "embeddings.word_embeddings.weight": (TEXT.vocabulary, WIDTH),
-        "embeddings.position_embeddings.weight": (TEXT.length, WIDTH),
+        "embeddings.word_embeddings.weight": (text.vocabulary, width),
+        "embeddings.position_embeddings.weight": (text.length, width),
     }
     return {f"text_encoder.{k}": s for k, s in shapes.items()}
 
 
-def stage1_shapes():
-    heads = linears({"vision_proj": (16, WIDTH), "text_proj": (16, WIDTH)}) | {"temp": ()}
-    return _vit_shapes() | _text_shapes([("", "")]) | heads
+def stage1_shapes(image=IMAGE, text=TEXT, embed=16):
+    heads = linears({"vision_proj": (embed, image.width), "text_proj": (embed, text.width)})
+    return _vit_shapes(image) | _text_shapes(text, [("", "")]) | heads | {"temp": ()}
 
 
-def stage2_shapes():
-    head = linears({"cls_head.0": (WIDTH, 2 * WIDTH), "cls_head.2": (2, WIDTH)})
-    return _vit_shapes() | _text_shapes([("0", "A"), ("1", "B")], MERGE_FROM) | head
+def stage2_shapes(image=IMAGE, text=TEXT):
+    width = text.width
+    head = linears({"cls_head.0": (width, 2 * width), "cls_head.2": (2, width)})
+    branches = [("0", "A"), ("1", "B")]
+    return _vit_shapes(image) | _text_shapes(text, branches, MERGE_FROM) | head
 
 
 def filled(shapes, base):

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import ml_dtypes
@@ -126,6 +127,7 @@ def norm(
 class Options:
     """What the person who converts says, and the folder that the source came in, if it is one."""
 
+    method: str | None = None
     variant: str | None = None
     activation: str | None = None
     tokenizer: Path | None = None
@@ -153,6 +155,7 @@ class Plan:
       prefix: what every source name begins with before the names of the table.
       notes: lines for the printed summary.
       faults: what is wrong already, to be told together with what the tensors lack.
+      fresh: paths of parameters that no source has and that therefore begin as in a new model; the notes name them.
     """
 
     config: Any
@@ -162,6 +165,7 @@ class Plan:
     prefix: str = ""
     notes: tuple[str, ...] = ()
     faults: tuple[str, ...] = ()
+    fresh: tuple[str, ...] = ()
 
 
 class Stripped(Mapping):
@@ -191,13 +195,36 @@ class Stripped(Mapping):
         return len(self.tensors)
 
 
+def shape_of(tensors, name: str, layout: str, axes: int = 2) -> Shape:
+    """The shape of a tensor from which sizes are read; ValueError if it is not there or has other axes."""
+    if name not in tensors:
+        refuse([f"missing {name}, from which the sizes are read"], layout)
+    shape = tensors.shape(name)
+    if len(shape) != axes or 0 in shape:
+        refuse([f"{name} has shape {list(shape)}, expected {axes} axes"], layout)
+    return shape
+
+
+def layer_count(tensors, prefix: str, layout: str) -> int:
+    """How many layers there are behind a prefix; those of a hole in the numbers will be missed later."""
+    found = {name[len(prefix) :].partition(".")[0] for name in tensors if name.startswith(prefix)}
+    numbers = {int(each) for each in found if re.fullmatch("[0-9]{1,4}", each)}
+    if not numbers:
+        refuse([f"there is no layer {prefix}0"], layout)
+    return max(numbers) + 1
+
+
 def common_prefix(names: Sequence[str], prefix: str) -> str:
     """`prefix` if all names begin with it, otherwise nothing."""
     return prefix if names and all(name.startswith(prefix) for name in names) else ""
 
 
 def convert(
-    tensors, plan: Plan, shapes: Mapping[str, Shape], dtype="float32"
+    tensors,
+    plan: Plan,
+    shapes: Mapping[str, Shape],
+    dtype="float32",
+    fresh: Mapping[str, np.ndarray] = MappingProxyType({}),
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Parameters by path, and the ignored source names with their reasons.
 
@@ -208,6 +235,7 @@ def convert(
       plan: its table names sources and targets.
       shapes: of every parameter of the model, by path.
       dtype: of the result; a number that it cannot hold is a fault.
+      fresh: the values of the parameters that the plan calls so.
 
     Raises:
       ValueError: all faults at once.
@@ -215,9 +243,10 @@ def convert(
     tensors = Stripped(tensors, plan.prefix)
     ignored, faults = _name_faults(tensors, plan, shapes)
     faults = [*plan.faults, *faults]
-    faults += _tensor_faults(tensors, plan.rules, shapes, np.dtype(dtype))
+    # A tensor that fills several parameters is one fault.
+    faults += dict.fromkeys(_tensor_faults(tensors, plan.rules, shapes, np.dtype(dtype)))
     refuse(faults, plan.layout)
-    params = {}
+    params = {name: np.asarray(fresh[name], dtype) for name in plan.fresh}
     for each in plan.rules:
         _fill(params, each, tensors, shapes, np.dtype(dtype))
     return params, ignored
@@ -236,7 +265,7 @@ def refuse(faults: Sequence[str], layout: str) -> None:
 
 def _name_faults(tensors, plan: Plan, shapes) -> tuple[dict[str, str], list[str]]:
     """(ignored names with reasons, faults): what the table asks for and the source lacks, and what is left over."""
-    _check_table(plan.rules, shapes)
+    _check_table(plan.rules, shapes, plan.fresh)
     wanted = {name for each in plan.rules for name in each.names(shapes)}
     ignored, over = {}, []
     for name in tensors:
@@ -258,9 +287,11 @@ def _name_faults(tensors, plan: Plan, shapes) -> tuple[dict[str, str], list[str]
     return ignored, faults
 
 
-def _check_table(rules: Sequence[Rule], shapes: Mapping[str, Shape]) -> None:
+def _check_table(
+    rules: Sequence[Rule], shapes: Mapping[str, Shape], fresh: Sequence[str] = ()
+) -> None:
     """A table fills every parameter exactly once; anything else is a mistake in the table."""
-    targets = [target for each in rules for target in each.targets]
+    targets = [*fresh, *(target for each in rules for target in each.targets)]
     astray = sorted({*targets} ^ {*shapes}) + sorted({x for x in targets if targets.count(x) > 1})
     if astray:
         raise AssertionError(f"the table of rules does not fit the model at {astray}")

@@ -12,6 +12,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from cir_jax.encoders import vit
@@ -316,9 +317,9 @@ def _each(functions, x, count):
     return jnp.concatenate([f(part) for f, part in zip(functions, _split(x, count))], axis=1)
 
 
-def resize_positions(table: jax.Array, grid: int) -> jax.Array:
+def resize_positions(table: np.ndarray, grid: int) -> np.ndarray:
     """The position table of pictures for another grid, `[UNREAD + 1 + grid * grid, D]`.
 
     As `vit.resize_positions`; the unread rows stay too.
     """
-    return jnp.concatenate([table[:UNREAD], vit.resize_positions(table[UNREAD:], grid)])
+    return np.concatenate([table[:UNREAD], vit.resize_positions(table[UNREAD:], grid)])

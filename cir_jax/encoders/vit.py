@@ -3,10 +3,12 @@
 Pre-norm blocks, exact GELU, LayerNorm with epsilon 1e-6, and a last norm over every token.
 """
 
+import math
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from cir_jax.encoders.layers import (
@@ -96,15 +98,37 @@ class Vit(nnx.Module):
         return self.ln_post(x)
 
 
-def resize_positions(table: jax.Array, grid: int) -> jax.Array:
+def resize_positions(table: np.ndarray, grid: int) -> np.ndarray:
     """A position table `[1 + g * g, D]` for another grid: `[1 + grid * grid, D]`; the class row stays.
 
-    original: BLIP `interpolate_pos_embed`, PyTorch's bicubic kernel (A = -0.75) without antialiasing.
+    original: BLIP `interpolate_pos_embed`, PyTorch's bicubic kernel without antialiasing. Computed in float64 by numpy,
+    so that a conversion gives the same bytes on every device.
+
+    Raises:
+      ValueError: a table whose other rows are no square.
     """
-    side, width = round((len(table) - 1) ** 0.5), table.shape[1]
-    if side**2 + 1 != len(table):
+    table = np.asarray(table)
+    side, width = math.isqrt(max(0, len(table) - 1)), table.shape[1]
+    if side < 1 or side**2 + 1 != len(table):
         raise ValueError(f"a position table has 1 + g * g rows; this one has {len(table)}")
-    square = table[1:].reshape(side, side, width)
-    method = jax.image.ResizeMethod.CUBIC_PYTORCH
-    square = jax.image.resize(square, (grid, grid, width), method, antialias=False)
-    return jnp.concatenate([table[:1], square.reshape(-1, width)])
+    if side == grid:
+        return table
+    weights, square = bicubic_weights(side, grid), table[1:].reshape(side, side, width)
+    resized = np.einsum("ai,bj,ijd->abd", weights, weights, square, optimize=True)
+    return np.concatenate([table[:1], resized.reshape(-1, width).astype(table.dtype)])
+
+
+def bicubic_weights(inputs: int, outputs: int) -> np.ndarray:
+    """`[outputs, inputs]` float64: the rows that PyTorch's bicubic resize takes a line by (`align_corners=False`).
+
+    The kernel's constant is -0.75; taps beyond the border count for the value at the border.
+    """
+    a, made = -0.75, np.zeros((outputs, inputs))
+    near = lambda t: ((a + 2) * t - (a + 3)) * t * t + 1
+    far = lambda t: ((a * t - 5 * a) * t + 8 * a) * t - 4 * a
+    at = (np.arange(outputs) + 0.5) * inputs / outputs - 0.5
+    first = np.floor(at).astype(int)
+    t = at - first
+    for tap, weight in enumerate((far(t + 1), near(t), near(1 - t), far(2 - t)), -1):
+        np.add.at(made, (np.arange(outputs), np.clip(first + tap, 0, inputs - 1)), weight)
+    return made

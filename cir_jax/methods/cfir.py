@@ -10,6 +10,7 @@ from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from cir_jax import losses
@@ -75,7 +76,7 @@ def resized(own, theirs):
     places = len(own["image"]["expert"]["positions"]) - UNREAD - 1
     if len(expert["positions"]) == places + UNREAD + 1:
         return theirs
-    positions = resize_positions(jnp.asarray(expert["positions"]), math.isqrt(places))
+    positions = resize_positions(np.asarray(expert["positions"]), math.isqrt(places))
     image = {**theirs["image"], "expert": {**expert, "positions": positions}}
     return {**theirs, "image": image}
 
