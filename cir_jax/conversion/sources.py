@@ -80,6 +80,10 @@ class Tensors(Mapping[str, np.ndarray]):
     def __getitem__(self, key: str) -> np.ndarray:
         return self.records[key].read()
 
+    def __contains__(self, key: object) -> bool:
+        # Mapping's own would read the tensor.
+        return key in self.records
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.records)
 
