@@ -381,7 +381,7 @@ def test_wrong_arguments_are_explained(tensors, tmp_path):
     for arguments, message in (
         ([source], "expected SOURCE"),
         ([source, tmp_path / "b"], "--method says what to convert to; expected clip, bert"),
-        ([source, tmp_path / "b", "--method", "blip_cir"], "found 'blip_cir'"),
+        ([source, tmp_path / "b", "--method", "magiclens"], "found 'magiclens'"),
         ([source, "x", tmp_path / "b", "--method", "clip"], "part=SOURCE"),
         ([tmp_path / "none", tmp_path / "b", "--method", "clip"], "there is no file or folder"),
         ([source, tmp_path / "b", "--method", "bert"], "this is no BERT"),

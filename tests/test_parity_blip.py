@@ -3,6 +3,8 @@
 Random weights. Needs the extra `[parity]`.
 """
 
+import shutil
+
 import golden_blip as golden
 import jax
 import numpy as np
@@ -258,3 +260,5 @@ def comes_back(folder, name, method, told, words, count):
     again = run(out, folder / "again", "--method", method, "--tokenizer", words)
     assert again.splitlines()[-1] == told.splitlines()[-1]
     out.unlink()
+    for each in (name, "again"):
+        shutil.rmtree(folder / each)

@@ -5,7 +5,6 @@ only if it was learned, comes from the name of the system.
 """
 
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,10 +17,12 @@ from cir_jax.conversion.rules import (
     Rule,
     Stripped,
     common_prefix,
+    layer_count,
     linear,
     norm,
     refuse,
     rule,
+    shape_of,
 )
 from cir_jax.data.images import ImageSpec
 from cir_jax.data.inputs import Inputs
@@ -129,20 +130,10 @@ def plan(sources: Mapping[str, Any], options: Options) -> Plan:
     return Plan(config, rules(encoder), LAYOUT, IGNORED, outer, note)
 
 
-def _shape(tensors, name: str, axes: int = 2) -> tuple[int, ...]:
-    """The shape of a tensor from which sizes are read."""
-    if name not in tensors:
-        refuse([f"missing {name}, from which the sizes are read"], LAYOUT)
-    shape = tensors.shape(name)
-    if len(shape) != axes or 0 in shape:
-        refuse([f"{name} has shape {list(shape)}, expected {axes} axes"], LAYOUT)
-    return shape
-
-
 def _sizes(tensors, adapter: AdapterConfig) -> Beit3Config:
-    vocabulary, width = _shape(tensors, "beit3.text_embed.weight")
-    patch = _shape(tensors, "beit3.vision_embed.proj.weight", 4)[-1]
-    rows = _shape(tensors, "beit3.encoder.embed_positions.A.weight")[0]
+    vocabulary, width = shape_of(tensors, "beit3.text_embed.weight", LAYOUT)
+    patch = shape_of(tensors, "beit3.vision_embed.proj.weight", LAYOUT, 4)[-1]
+    rows = shape_of(tensors, "beit3.encoder.embed_positions.A.weight", LAYOUT)[0]
     grid = math.isqrt(max(0, rows - UNREAD - 1))
     if grid < 1 or grid**2 + UNREAD + 1 != rows:
         refuse(
@@ -154,20 +145,17 @@ def _sizes(tensors, adapter: AdapterConfig) -> Beit3Config:
         size=patch * grid,
         patch=patch,
         vocabulary=vocabulary,
-        length=max(1, _shape(tensors, "beit3.encoder.embed_positions.B.weight")[0] - UNREAD),
+        length=max(
+            1, shape_of(tensors, "beit3.encoder.embed_positions.B.weight", LAYOUT)[0] - UNREAD
+        ),
         width=width,
-        layers=_layers(tensors),
+        layers=layer_count(tensors, LAYER),
         heads=max(1, width // HEAD_WIDTH),
-        hidden=_shape(tensors, f"{LAYER}0.ffn.A.fc1.weight")[0],
+        hidden=shape_of(tensors, f"{LAYER}0.ffn.A.fc1.weight", LAYOUT)[0],
         mask_token="beit3.vision_embed.mask_token" in tensors,
         adapter=adapter,
-        enhancer=_shape(tensors, enhancer)[0] if enhancer in tensors else 0,
+        enhancer=shape_of(tensors, enhancer, LAYOUT)[0] if enhancer in tensors else 0,
     )
-
-
-def _layers(tensors) -> int:
-    found = (re.match(re.escape(LAYER) + r"([0-9]{1,4})\.", name) for name in tensors)
-    return 1 + max((int(each[1]) for each in found if each), default=0)
 
 
 def _adapters(tensors, options: Options) -> tuple[AdapterConfig, tuple[str, ...]]:
@@ -185,7 +173,7 @@ def _adapters(tensors, options: Options) -> tuple[AdapterConfig, tuple[str, ...]
             "--variant multiway-adapter (times 0.6), followed by +norm-in or +norm-out if they have a LayerNorm"
         )
     scale = None if learned else SCALES[system]
-    width = _shape(tensors, f"{at}down_proj.weight")[0]
+    width = shape_of(tensors, f"{at}down_proj.weight", LAYOUT)[0]
     factor = "a learned factor" if learned else f"the factor {scale}, by --variant"
     note = f"adapters of width {width} beside the {' and '.join(towers)} tower, with {factor}"
     return AdapterConfig(towers, width, scale, place if normed else "none"), (note,)

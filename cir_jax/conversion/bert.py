@@ -1,6 +1,5 @@
 """BERT as a sentence encoder: Hugging Face `BertModel`, alone or behind `bert.`, old files and sentence-transformers."""
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ from cir_jax.conversion.rules import (
     Rule,
     Stripped,
     common_prefix,
+    layer_count,
     linear,
     norm,
     refuse,
@@ -103,17 +103,12 @@ def sizes(tensors, prefix: str, layout: str, said: Mapping) -> BertConfig:
         vocabulary=vocabulary,
         length=shapes["positions"][0],
         width=width,
-        layers=_layers(tensors, f"{prefix}encoder.layer."),
+        layers=layer_count(tensors, f"{prefix}encoder.layer."),
         heads=heads,
         hidden=shapes["hidden"][0],
         types=shapes["types"][0],
         epsilon=float(said.get("layer_norm_eps", 1e-12)),
     )
-
-
-def _layers(tensors, prefix: str) -> int:
-    found = (re.fullmatch(re.escape(prefix) + r"([0-9]{1,4})\..*", name) for name in tensors)
-    return max(int(each[1]) for each in found if each) + 1
 
 
 def _config_faults(said: Mapping) -> list[str]:

@@ -335,7 +335,7 @@ def _sizes(tensors, layout, noted, options: Options):
         size=size,
         patch=patch,
         width=width,
-        layers=layer_count(tensors, name("visual_encoder.blocks."), layout),
+        layers=layer_count(tensors, name("visual_encoder.blocks.")),
         heads=_heads(width, noted.get("image_heads"), layout),
     )
     vocabulary, words = shape(WORDS)
@@ -343,7 +343,7 @@ def _sizes(tensors, layout, noted, options: Options):
         vocabulary=vocabulary,
         length=shape(f"{TEXT}embeddings.position_embeddings.weight")[0],
         width=words,
-        layers=layer_count(tensors, LAYER, layout),
+        layers=layer_count(tensors, LAYER),
         heads=_heads(words, noted.get("text_heads"), layout),
         hidden=shape(f"{LAYER}0.intermediate.dense.weight")[0],
         types=0,

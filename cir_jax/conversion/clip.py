@@ -19,6 +19,7 @@ from cir_jax.conversion.rules import (
     Rule,
     Stripped,
     common_prefix,
+    layer_count,
     linear,
     norm,
     refuse,
@@ -226,7 +227,7 @@ def _openai(tensors, source, options) -> Plan:
         vocabulary=shape(f"{text_prefix}token_embedding.weight")[0],
         length=length,
         width=width,
-        layers=_layers(tensors, f"{text_prefix}transformer.resblocks."),
+        layers=layer_count(tensors, f"{text_prefix}transformer.resblocks."),
         heads=max(1, width // 64),
     )
     config = ClipConfig(
@@ -303,14 +304,14 @@ def _transformer(tensors, shape: Callable, said: Mapping) -> VisionConfig:
     head = (said.get("vision_cfg") or {}).get("head_width", HEAD_WIDTHS.get(width, 64))
     if type(head) is not int or head < 1 or width % min(head, width):
         raise ValueError(f"heads of width {head} do not divide the vision width {width}")
-    layers = _layers(tensors, "visual.transformer.resblocks.")
+    layers = layer_count(tensors, "visual.transformer.resblocks.")
     return VisionConfig(patch * grid, patch, width, layers, max(1, width // head))
 
 
 def _resnet(tensors, shape: Callable, said: Mapping) -> ResnetConfig:
     places = shape("visual.attnpool.positional_embedding")[0] - 1
     width = _four(shape("visual.layer1.0.conv1.weight"), "visual.layer1.0.conv1.weight")[0]
-    layers = tuple(_layers(tensors, f"visual.layer{n}.") for n in (1, 2, 3, 4))
+    layers = tuple(layer_count(tensors, f"visual.layer{n}.") for n in (1, 2, 3, 4))
     size = 32 * _side(places, "visual.attnpool.positional_embedding")
     return ResnetConfig(size, width, layers, max(1, width * 32 // 64))
 
@@ -348,15 +349,6 @@ def _side(places: int, name: str) -> int:
     return side
 
 
-def _layers(tensors, prefix: str) -> int:
-    """How many layers there are; those of a hole in the numbers will be missed later."""
-    found = {name[len(prefix) :].partition(".")[0] for name in tensors if name.startswith(prefix)}
-    numbers = {int(each) for each in found if re.fullmatch("[0-9]{1,4}", each)}
-    if not numbers:
-        raise ValueError(f"there is no layer {prefix}0")
-    return max(numbers) + 1
-
-
 def _hugging_face(tensors, source, options) -> Plan:
     layout = "Hugging Face CLIPModel"
     if not source.config:
@@ -385,14 +377,14 @@ def _hugging_face(tensors, source, options) -> Plan:
             size=size,
             patch=patch,
             width=width,
-            layers=_layers(tensors, "vision_model.encoder.layers."),
+            layers=layer_count(tensors, "vision_model.encoder.layers."),
             heads=vision.get("num_attention_heads", 12),
         ),
         text=TextConfig(
             vocabulary=shape("text_model.embeddings.token_embedding.weight")[0],
             length=length,
             width=text_width,
-            layers=_layers(tensors, "text_model.encoder.layers."),
+            layers=layer_count(tensors, "text_model.encoder.layers."),
             heads=text.get("num_attention_heads", 8),
         ),
         embed=shape("text_projection.weight")[0],

@@ -3,7 +3,6 @@
 The names of the heads tell which of the two it is; all sizes come from the shapes.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -16,9 +15,10 @@ from cir_jax.conversion.rules import (
     Rule,
     Stripped,
     common_prefix,
+    layer_count,
     linear,
-    refuse,
     rule,
+    shape_of,
 )
 from cir_jax.data.text import tokenizer
 from cir_jax.encoders.resnext import ResnextConfig
@@ -114,7 +114,7 @@ def plan(sources: Mapping[str, Any], options: Options) -> Plan:
 def _config(tensors, level: str, layout: str, said: Mapping, options: Options) -> MariaConfig:
     text = replace(bert.sizes(tensors, TEXT, layout, said), dropout=0.0)
     shapes = [
-        _matrix(tensors, f"lang_model.{name}.weight", layout) for name in _present(tensors, level)
+        shape_of(tensors, f"lang_model.{name}.weight", layout) for name in _present(tensors, level)
     ]
     read = shapes[0][1]
     if read % text.width:
@@ -148,32 +148,14 @@ def _present(tensors, level: str) -> list[str]:
     return made
 
 
-def _matrix(tensors, name: str, layout: str, axes: int = 2) -> tuple[int, ...]:
-    """The shape of a tensor from which sizes are read."""
-    if name not in tensors:
-        refuse([f"missing {name}, from which the sizes are read"], layout)
-    shape = tensors.shape(name)
-    if len(shape) != axes or 0 in shape:
-        refuse([f"{name} has shape {list(shape)}, expected {axes} axes"], layout)
-    return shape
-
-
 def _resnext(tensors, layout: str) -> ResnextConfig:
-    inner, group_width, *_ = _matrix(tensors, f"{IMAGE}layer1.0.conv2.weight", layout, 4)
+    inner, group_width, *_ = shape_of(tensors, f"{IMAGE}layer1.0.conv2.weight", layout, 4)
     return ResnextConfig(
-        layers=tuple(_blocks(tensors, f"{IMAGE}layer{n}.", layout) for n in (1, 2, 3, 4)),
-        width=_matrix(tensors, f"{IMAGE}conv1.weight", layout, 4)[0],
+        layers=tuple(layer_count(tensors, f"{IMAGE}layer{n}.") for n in (1, 2, 3, 4)),
+        width=shape_of(tensors, f"{IMAGE}conv1.weight", layout, 4)[0],
         groups=max(1, inner // group_width),
         group_width=group_width,
     )
-
-
-def _blocks(tensors, prefix: str, layout: str) -> int:
-    found = (re.match(re.escape(prefix) + r"([0-9]{1,4})\.", name) for name in tensors)
-    numbers = {int(each[1]) for each in found if each}
-    if not numbers:
-        refuse([f"there is no block {prefix}0"], layout)
-    return max(numbers) + 1
 
 
 def _vocabulary(text, options: Options):
