@@ -7,6 +7,7 @@ import shutil
 
 import golden_blip as golden
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 from golden_convert import save
@@ -413,6 +414,11 @@ def test_an_export_has_the_names_of_the_original_and_comes_back_the_same(
         assert all(np.array_equal(x, tensors[name]) for name, x in out.items())
         left = {name for name in tensors.keys() - out.keys() if not name.endswith("position_ids")}
         assert not any(n.startswith(("visual_encoder.", "text_encoder.", "cls_")) for n in left)
+    if parts:
+        with pytest.raises(
+            ValueError, match=r"holds 316 tensors behind stage1\. itself; leave out"
+        ):
+            convert(tmp_path / "out.safetensors", tmp_path / "no", method, parts=parts, **options)
     again = convert(tmp_path / "out.safetensors", tmp_path / "again", method, **options)
     assert again.fingerprint == done.fingerprint and again.modules == done.modules
 
@@ -580,3 +586,14 @@ def test_vocabularies(source, words, tmp_path):
         )
     model = cir_jax.load(tmp_path / "blip")
     assert int(with_encode_token(np.zeros((1, 3), np.int32), model.config.text)[0, 0]) == 14
+
+
+def test_positions_in_half_precision_are_resized_in_full(source, words, tmp_path):
+    path, tensors = source("stage1")
+    name = "visual_encoder.pos_embed"
+    for kind in (np.float16, ml_dtypes.bfloat16):
+        half = tensors[name].astype(kind)
+        save(path, tensors | {name: half})
+        convert(path, tmp_path / kind.__name__, "blip_cir", tokenizer=words, variant="16")
+        found = cir_jax.load(tmp_path / kind.__name__).params["image"]["positions"]
+        np.testing.assert_array_equal(found, resize_positions(half[0].astype(np.float32), 4))

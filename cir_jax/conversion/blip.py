@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from cir_jax import files
 from cir_jax.conversion.rules import (
     CONV,
     FUSED,
@@ -57,10 +58,8 @@ MATCH = {r"(stage1\.)?itm_head\..*": "matches a text with a picture, which --met
 HEADS = {
     r"(stage1\.)?((vision|text)_proj\..*|temp)": "stage I compares vectors, which --method blip_cir does",
 }
-STAGE1 = {
-    # Read all the same: they must be those of stage II.
-    r"stage1\.(visual_encoder|vision_model)\..*": "equal to stage II's own",
-}
+# Looked at all the same: `_other_pictures`.
+STAGE1 = {r"stage1\.(visual_encoder|vision_model)\..*": "equal to stage II's own"}
 # original name -> Hugging Face's, part by part in this order
 HUGGING_FACE = (
     ("visual_encoder.cls_token", "vision_model.embeddings.class_embedding"),
@@ -98,7 +97,7 @@ class Resized(Change):
     grid: int = 0
 
     def forward(self, x: np.ndarray) -> list[np.ndarray]:
-        return [resize_positions(x[0], self.grid)]
+        return [resize_positions(x[0].astype(np.result_type(x, np.float32)), self.grid)]
 
     def source_shape(self, target: Shape) -> Shape:
         return (1, 1 + self.side**2, target[-1])
@@ -235,7 +234,7 @@ def plan(sources: Mapping[str, Any], options: Options) -> Plan:
     source = joined(sources)
     outer = common_prefix(list(source.tensors), "module.")
     tensors = Stripped(source.tensors, outer)
-    found = _read(tensors, source, options, whole=len(sources) == 1)
+    found = _read(tensors, source, options)
     if options.method == "blip_rerank":
         made = _rerank(found)
     else:
@@ -252,7 +251,6 @@ class Found:
       image, text, inputs: of a config.
       pictures: the table of the pictures' encoder.
       notes: as in `Plan`.
-      whole: there is one source, not several.
     """
 
     tensors: Stripped
@@ -262,7 +260,6 @@ class Found:
     inputs: Inputs
     pictures: tuple[Rule, ...]
     notes: tuple[str, ...]
-    whole: bool
 
     def has(self, name: str) -> bool:
         """Whether the source has a tensor."""
@@ -287,7 +284,7 @@ def _layout(tensors) -> str:
     return STAGE_I
 
 
-def _read(tensors, source, options: Options, whole: bool) -> Found:
+def _read(tensors, source, options: Options) -> Found:
     layout = _layout(tensors)
     noted = _noted(source.facts, layout)
     image, text, table, notes = _sizes(tensors, layout, noted, options)
@@ -303,7 +300,6 @@ def _read(tensors, source, options: Options, whole: bool) -> Found:
         inputs,
         tuple(table),
         (*notes, *_unheeded(source.config, image, text)),
-        whole,
     )
 
 
@@ -392,7 +388,7 @@ def _unheeded(config: Mapping | None, image: VitConfig, text: BertConfig) -> lis
         "text_config": {"num_attention_heads": text.heads, "layer_norm_eps": text.epsilon},
     }
     wrong = [
-        f"{part}.{key} {said[key]!r} (BLIP has {value})"
+        f"{part}.{key} {files.shown(said[key])} (BLIP has {value})"
         for part, values in used.items()
         if isinstance(said := (config or {}).get(part), Mapping)
         for key, value in values.items()
@@ -477,7 +473,8 @@ def _rerank(found: Found) -> Plan:
         *_stage1_rules("stage1." if apart else ""),
     ]
     ignored = IGNORED | MATCH | HEADS | STAGE1
-    faults = _other_pictures(found) if apart and not found.whole else ()
+    seen = any(re.fullmatch(pattern, name) for pattern in STAGE1 for name in found.tensors)
+    faults = _other_pictures(found) if seen else ()
     return Plan(config, tuple(table), found.layout, ignored, "", tuple(notes), tuple(faults), fresh)
 
 
