@@ -334,7 +334,8 @@ def _tensor_fault(name: str, tensors, expected: Shape, dtype) -> str | None:
     if bad:
         return f"found {bad:,} of {x.size:,} numbers that are infinite or no number, expected none"
     largest = float(ml_dtypes.finfo(dtype).max)
-    if x.dtype != dtype and any((np.abs(rows) > largest).any() for rows in _planes(x)):
+    wider = float(ml_dtypes.finfo(x.dtype).max) > largest
+    if wider and any((np.abs(rows) > largest).any() for rows in _planes(x)):
         return f"found numbers beyond {largest:.6g}, which {dtype} cannot hold; use another --dtype"
     return None
 
