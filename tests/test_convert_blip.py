@@ -502,6 +502,7 @@ def test_stage2_begins_from_pretraining_and_a_stage1_of_larger_pictures(source, 
     [
         ("stage1", "blip_cir", ("text_proj.bias", None), "1 fault:\n  missing text_proj.bias"),
         ("stage1", "blip_cir", ("temp", None), "1 fault:\n  missing temp"),
+        ("retrieval", "blip_itm", ("temp", None), "1 fault:\n  missing temp"),
         ("stage1", "blip_cir", ("extra", (2,)), "1 fault:\n  left over extra"),
         (
             "stage1",

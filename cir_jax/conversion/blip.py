@@ -290,7 +290,7 @@ def _read(tensors, source, options: Options) -> Found:
     image, text, table, notes = _sizes(tensors, layout, noted, options)
     reranking = options.method == "blip_rerank" or layout in (STAGE_I, STAGE_II)
     pictures = noted.get("pictures", RERANKING_PICTURES if reranking else BLIP_PICTURES)
-    words = _texts(text, noted.get("text_length", text.length), options)
+    words = _texts(text, min(noted.get("text_length", text.length), text.length), options)
     inputs = Inputs(replace(pictures, size=image.size), words)
     return Found(
         tensors,
@@ -448,7 +448,8 @@ def _embed(found: Found) -> int:
 def _with_temperature(config, found: Found, more: list[Rule], ignored) -> Plan:
     table = [*found.pictures, *_text_rules("text"), *PROJECT, *more]
     # A file for using the model alone has none; that of a training without it is damaged.
-    if found.has("temp") or found.layout not in (HF, RETRIEVAL):
+    trained = found.layout not in (HF, RETRIEVAL) or found.has("vision_proj_m.weight")
+    if trained or found.has("temp"):
         return Plan(config, (*table, TEMPERATURE), found.layout, ignored)
     note = "the temperature is not in the file and begins at 0.07; only training reads it"
     return Plan(config, tuple(table), found.layout, ignored, notes=(note,), fresh=("temperature",))
@@ -456,7 +457,7 @@ def _with_temperature(config, found: Found, more: list[Rule], ignored) -> Plan:
 
 def _rerank(found: Found) -> Plan:
     doubled = found.layout != STAGE_II
-    apart = found.has(f"stage1.{WORDS}")
+    apart = any(name.startswith("stage1.") for name in found.tensors)
     if not doubled and not apart:
         raise ValueError(
             "a file of stage II does not hold the text encoder of stage I, whose state it reads; give that file too: "
