@@ -25,12 +25,13 @@ class Arguments:
     """
 
     paths: tyro.conf.Positional[tuple[str, ...]]
-    """SOURCE [part=SOURCE …] DEST, or with --export CHECKPOINT DEST.safetensors"""
+    """SOURCE [part=SOURCE …] DEST, or with --export CHECKPOINT DEST.safetensors; the one part is the clip=SOURCE of
+    fti4cir, pic2word, searle and lincir"""
     method: str | None = None
-    """what the checkpoint is: clip, bert, cfir (BEiT-3), maria"""
+    """what the checkpoint is: clip, bert, cfir (BEiT-3), maria, fti4cir, pic2word, searle, lincir, magiclens"""
     variant: str | None = None
     """what the file does not tell: the published name of a CLIP (ViT-B/32, ViT-B-32-quickgelu); mean or cls of a BERT;
-    cfir or multiway-adapter of a CFIR with adapters"""
+    cfir or multiway-adapter of a CFIR with adapters; published for a state dict of FTI4CIR"""
     tokenizer: Path | None = None
     """vocabulary file, if it is neither CLIP's nor in the source's folder"""
     activation: Literal["quick_gelu", "gelu"] | None = None
@@ -68,9 +69,19 @@ class Converted:
 
 
 def _modules() -> dict:
-    from cir_jax.conversion import beit3, bert, clip, maria
+    from cir_jax.conversion import beit3, bert, clip, inversion, magiclens, maria
 
-    return {"clip": clip, "bert": bert, "cfir": beit3, "maria": maria}
+    return {
+        "clip": clip,
+        "bert": bert,
+        "cfir": beit3,
+        "maria": maria,
+        "fti4cir": inversion.FTI4CIR,
+        "pic2word": inversion.PIC2WORD,
+        "searle": inversion.SEARLE,
+        "lincir": inversion.LINCIR,
+        "magiclens": magiclens,
+    }
 
 
 def _module(method: str | None):
@@ -106,10 +117,10 @@ def convert(
     """
     files.refuse_existing(dest)
     module = _module(method)
-    if parts:
-        raise ValueError(
-            f"{method} is made of one source; found {', '.join(sorted(parts))} besides"
-        )
+    parts, known = dict(parts or {}), getattr(module, "parts", ())
+    if parts.keys() - {*known}:
+        made = " and ".join(("one source", *(f"perhaps {name}=SOURCE" for name in known)))
+        raise ValueError(f"{method} is made of {made}; found {', '.join(sorted(parts))} besides")
     from cir_jax.conversion.rules import Options
     from cir_jax.conversion.sources import open_source
 
@@ -124,9 +135,14 @@ def convert(
     if options.tokenizer and not options.tokenizer.is_file():
         raise FileNotFoundError(f"there is no vocabulary file {options.tokenizer.absolute()}")
     try:
-        opened = open_source(path, group)
-        plan = module.plan({"": opened}, options)
-        return _written(plan, opened, dest, dtype, came_from)
+        opened = {"": open_source(path, group or getattr(module, "group", None))}
+        names = {"": came_from}
+        for name, part in parts.items():
+            place, _, names[name] = _found(part)
+            opened[name] = open_source(place)
+        plan = module.plan(opened, options)
+        tensors = module.join(opened) if known else opened[""].tensors
+        return _written(plan, tensors, opened, names, dest, dtype)
     except ValueError as error:
         place = printable(str(source))
         told = str(error)
@@ -149,8 +165,11 @@ def _found(source) -> tuple[Path, Path | None, str]:
     return path, path if path.is_dir() else None, path.name
 
 
-def _written(plan, source, dest, dtype: str, came_from: str) -> Converted:
-    """Convert by a plan and save; memory holds the model once, and one tensor more."""
+def _written(plan, tensors, opened: Mapping, names: Mapping, dest, dtype: str) -> Converted:
+    """Convert tensors by a plan and save; memory holds the model once, and one tensor more.
+
+    `opened` and `names` are the sources and what to remember them by; "" is the first.
+    """
     from flax import traverse_util
 
     from cir_jax.checkpoint import abstract_params, save_model
@@ -159,25 +178,29 @@ def _written(plan, source, dest, dtype: str, came_from: str) -> Converted:
 
     _, tree = abstract_params(plan.config)
     shapes = {name: tuple(x.shape) for name, x in traverse_util.flatten_dict(tree, sep="/").items()}
-    params, ignored = apply(source.tensors, plan, shapes, dtype)
+    params, ignored = apply(tensors, plan, shapes, dtype)
     modules = module_fingerprints(params)
     about = {
         "converted": {
-            "source": came_from,
-            "sha256": source.sha256,
+            "source": names[""],
+            "sha256": opened[""].sha256,
             "layout": plan.layout,
             "notes": list(plan.notes),
             "ignored": len(ignored),
         }
     }
+    if parts := {name: source for name, source in opened.items() if name}:
+        about["converted"]["parts"] = {
+            name: {"source": names[name], "sha256": source.sha256} for name, source in parts.items()
+        }
     tree = traverse_util.unflatten_dict(params, sep="/")
     mark = save_model(dest, plan.config, tree, dtype=dtype, about=about, modules=modules)
     return Converted(
         layout=plan.layout,
-        tensors=len(source.tensors) - len(ignored),
+        tensors=len(tensors) - len(ignored),
         parameters=sum(x.size for x in params.values()),
         ignored=ignored,
-        left_out=source.left_out,
+        left_out={k: count for source in opened.values() for k, count in source.left_out.items()},
         notes=plan.notes,
         fingerprint=mark,
         modules=modules,
