@@ -126,18 +126,14 @@ def save_folder(folder: Path, tensors, config) -> Path:
     return folder
 
 
-def golden_error(model, image=IMAGE, text=TEXT, x64=False, part=lambda method: method) -> float:
-    """The largest deviation of a converted model from the golden numbers: norm, sum and first six of each row.
-
-    `part` is the method's CLIP.
-    """
+def golden_error(model, image=IMAGE, text=TEXT, x64=False) -> float:
+    """The largest deviation of a converted model from the golden numbers: norm, sum and first six of each row."""
     with jax.enable_x64(x64):
         dtype = np.float64 if x64 else np.float32
         method = nnx.merge(
             model.graph, jax.tree.map(lambda x: jax.numpy.asarray(x, dtype), model.params)
         )
-        clip = part(method)
-        found = (clip.image(pictures(dtype)), image), (clip.text(texts()), text)
+        found = (method.image(pictures(dtype)), image), (method.text(texts()), text)
         return max(_error(np.asarray(x), golden) for x, golden in found)
 
 

@@ -1,18 +1,18 @@
 """Conversion of FTI4CIR, Pic2Word, SEARLE, LinCIR and MagicLens: files as published, there and back, and searched with."""
 
-import dataclasses
+import contextlib
 import functools
 import json
 import pickle
 
 import golden_inversion as golden
+import jax
 import numpy as np
 import processes
 import pytest
 from flax import nnx, serialization, traverse_util
 from golden_convert import (
     HUGGING_FACE,
-    golden_error,
     hugging_face,
     openai,
     save,
@@ -24,17 +24,15 @@ from safetensors.numpy import load_file
 from torch_writer import Call, Global, New, Writer
 
 import cir_jax
+from cir_jax.checkpoint import abstract_params
+from cir_jax.conversion import magiclens
 from cir_jax.conversion.sources import open_source
 from cir_jax.convert import convert, export
+from cir_jax.methods.magiclens import MagicLensConfig
 
-# Of the golden CLIP (react.md 4.10): features, width of its words, width of its patches.
+# Of the CLIP here: features, width of its words, width of its patches.
 EMBED, WORD, PATCH = 24, 64, 128
 NAMES = ("fti4cir", "pic2word", "searle", "lincir", "magiclens")
-
-
-@functools.cache
-def clip():
-    return openai()
 
 
 def drawn(shapes, seed=0):
@@ -44,10 +42,17 @@ def drawn(shapes, seed=0):
     }
 
 
+@functools.cache
+def clip():
+    """A CLIP with random numbers, by OpenAI's names."""
+    made = drawn({name: x.shape for name, x in openai().items()})
+    return {name: x + 1 if ".ln_" in name and "weight" in name else x for name, x in made.items()}
+
+
 def network(name):
     """The tensors of a system's network, by their published names."""
     if name == "fti4cir":
-        # A word is as wide as CLIP's features in every CLIP that FTI4CIR fits; the golden one is none.
+        # A word is as wide as CLIP's features in every CLIP that FTI4CIR was made for; this one is none.
         shapes = golden.fti4cir_shapes(PATCH, EMBED, 6, 2, 32)
         shapes |= {f"phi_{x}.layers.6.weight": (WORD, 32) for x in "sa"}
         return drawn(shapes | {f"phi_{x}.layers.6.bias": (WORD,) for x in "sa"})
@@ -56,6 +61,14 @@ def network(name):
         shapes |= golden.linear_shapes("layers.1.0", 32, 32)
         return drawn(shapes | golden.linear_shapes("fc_out", 32, WORD))
     return drawn(golden.phi_shapes("", EMBED, 4 * EMBED, WORD))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Many small programs run once each here: compiling them costs more than running them."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 # ---- the files, as their systems write them ----
@@ -85,7 +98,11 @@ def module(writer, tensors, **attributes):
             state["num_heads"] = attributes.get("heads", 1)
         return New(kind, state)
 
-    kinds = {"phi_s": "i2t_model.Phi", "phi_a": "i2t_model.Phi", "attn": f"{TOWER}MultiHeadAttention"}
+    kinds = {
+        "phi_s": "i2t_model.Phi",
+        "phi_a": "i2t_model.Phi",
+        "attn": f"{TOWER}MultiHeadAttention",
+    }
     kinds |= {"transformer": f"{TOWER}Transformer", "mlp": f"{TOWER}MlpTransformer"}
     whole = made(parts, "i2t_model.IMG2TEXT")
     whole.state |= {"topk": 3, "epsilon": 0.17, "hy_regLoss": 1.4, "temperature": 0.2, "num_k": 6}
@@ -98,7 +115,7 @@ LINEAR, TOWER = "torch.nn.modules.linear.Linear", "MHTransformer."
 
 
 def magiclens_tree(width=EMBED, hidden=4 * EMBED, heads=HEADS):
-    """Flax's parameters: the golden CLIP as Scenic lays it out, and random fusion layers."""
+    """Flax's parameters: the CLIP as Scenic lays it out, and random fusion layers."""
     flat, head = {}, 64
     for name, x in clip().items():
         tower = "visual" if name.startswith("visual.") else "text"
@@ -211,11 +228,22 @@ def converted(tmp_path_factory):
 # ---- numbers ----
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The parameters of the CLIP, converted by itself."""
+    folder = tmp_path_factory.mktemp("clip")
+    source = save(folder / "clip.safetensors", clip())
+    convert(source, folder / "model", "clip", activation="quick_gelu")
+    return cir_jax.load(folder / "model")
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_clip_in_it_gives_the_golden_numbers(name, converted):
+def test_its_clip_is_that_clip(name, converted, alone):
     folder, _, done = converted(name)
     model = cir_jax.load(folder)
-    assert golden_error(model, part=lambda method: method.clip) < 1e-5
+    jax.tree.map(np.testing.assert_array_equal, model.params["clip"], alone.params)
+    for field in ("vision", "text", "embed", "activation", "epsilon"):
+        assert getattr(model.config, field) == getattr(alone.config, field)
     image = model.config.inputs.image
     expected = {"fti4cir": "targetpad", "searle": "targetpad", "magiclens": "squash"}
     assert image.resize == expected.get(name, "short")
@@ -233,8 +261,6 @@ def phi(tensors, x, names, activation):
 
 @pytest.mark.parametrize("name", ["pic2word", "searle", "lincir"])
 def test_the_network_computes_what_its_tensors_say(name, converted):
-    import jax
-
     folder, tensors, _ = converted(name)
     model = cir_jax.load(folder)
     features = np.random.default_rng(0).normal(size=(3, EMBED)).astype(np.float32)
@@ -317,18 +343,15 @@ def test_a_picture_and_a_text_find_pictures(name, converted):
         for h, w in ((64, 96), (90, 64), (64, 64))
     ]
     items = model.encode("item", [{"image": each} for each in pictures])
-    queries = model.encode("query", [{"image": x, "text": "is red"} for x in pictures[:2]])
-    assert items.shape == (3, EMBED) and queries.shape == (2, EMBED)
+    asked = [{"image": x, "text": text} for x in pictures[:2] for text in ("is red", "is blue")]
+    queries = model.encode("query", asked)
+    assert items.shape == (3, EMBED) and queries.shape == (4, EMBED)
     np.testing.assert_allclose(np.linalg.norm(queries, axis=1), 1, atol=1e-5)
     index = cir_jax.ExactIndex(items, ids=["a", "b", "c"])
     hits = index.search(queries, 2)
-    np.testing.assert_array_equal(
-        hits.rows, np.argsort(-(queries @ items.T), kind="stable")[:, :2]
-    )
-    other = model.encode("query", [{"image": x, "text": "is blue"} for x in pictures[:2]])
-    assert np.abs(other - queries).max() > 1e-5
-    alone = model.encode("query", [{"image": pictures[0]}])
-    assert np.abs(alone[0] - queries[0]).max() > 1e-5
+    np.testing.assert_array_equal(hits.rows, np.argsort(-(queries @ items.T), kind="stable")[:, :2])
+    for first, second in ((0, 1), (0, 2)):  # the text matters, and the picture does
+        assert np.abs(queries[first] - queries[second]).max() > 1e-3
 
 
 # ---- faults ----
@@ -385,7 +408,9 @@ def test_sources_that_do_not_fit(name, parts, message, tmp_path):
 def test_two_clips_are_one_too_many(tmp_path):
     path, _, options, _ = source_of("pic2word", tmp_path)
     parts = {"clip": tmp_path / "clip.safetensors"}
-    with pytest.raises(ValueError, match="there are several CLIPs, .*'state_dict.module.' and by clip="):
+    with pytest.raises(
+        ValueError, match="there are several CLIPs, .*'state_dict.module.' and by clip="
+    ):
         convert(path, tmp_path / "model", "pic2word", parts=parts, **options)
 
 
@@ -413,9 +438,9 @@ def test_a_fault_of_magiclens_is_told(change, tmp_path):
     (tmp_path / "a").write_bytes(
         serialization.to_bytes(traverse_util.unflatten_dict(tree, sep="/"))
     )
-    with pytest.raises(ValueError, match=f"1 fault:.*{change}.*post.w|post.w.*{change}") as error:
+    with pytest.raises(ValueError, match=r"pool_attn\.post\.w") as error:
         convert(tmp_path / "a", tmp_path / "model", "magiclens")
-    assert "1 fault:" in str(error.value)
+    assert "1 fault:" in str(error.value) and change in str(error.value)
 
 
 # ---- files of flax ----
@@ -453,8 +478,8 @@ def array(shape=b"\x91\x02", dtype="float32", data=b"\xc4\x08" + bytes(8), kind=
     [
         (b"\x81" + text("a") + b"\xc3", "kind 0xc3, no dictionary or array"),
         (b"\x81" + text("a") + array(kind=2), "extension of kind 2"),
-        (b"\x81" + text("a") + array(dtype="object"), "dtype 'object'"),
-        (b"\x81" + text("a") + array(shape=b"\x91\x03"), r"array of '\[3\]' float32 has 8 bytes|has 8"),
+        (b"\x81" + text("a") + array(dtype="object"), 'dtype "object"'),
+        (b"\x81" + text("a") + array(shape=b"\x91\x03"), "float32 has 8 bytes"),
         (b"\x81" + text("a") + array(shape=b"\x91\xa0"), "no list of numbers"),
         (b"\x81" + text("a") + array()[:-1], "should lie at byte"),
         (b"\x81" + text("a") + array() + b"\0", "ends at byte"),
@@ -462,9 +487,9 @@ def array(shape=b"\x91\x02", dtype="float32", data=b"\xc4\x08" + bytes(8), kind=
         (b"\x81" + text("a") + b"\x80", "holds no tensors"),
         (b"\xdf\xff\xff\xff\xff" + text("a") + array(), "should lie at byte"),
         ((b"\x81" + text("a")) * 70 + array(), "nested deeper"),
-        (b"\x81\xd9\x17__msgpack_chunked_array__"[:2] + b"\x19__msgpack_chunked_array__" + b"\xc3", "in pieces"),
+        (b"\x81" + text("__msgpack_chunked_array__") + b"\xc3", "in pieces"),
         (pickle.dumps(serialization.to_bytes(TREE))[:-100_000], "the file ends at"),
-        (pickle.dumps((serialization.to_bytes(TREE["a"]), 1)), "more than that|refused"),
+        (pickle.dumps((serialization.to_bytes(TREE["a"]), 1)), "more than that"),
         (pickle.dumps(b"text"), "MessagePack"),
     ],
 )
@@ -477,25 +502,22 @@ def test_other_files_are_refused(data, message, tmp_path):
 
 
 def test_changed_bytes_of_flax_end_in_an_error_or_in_tensors(tmp_path):
-    data, draw = bytearray(pickle.dumps(serialization.to_bytes(TREE["a"]))), np.random.default_rng(0)
+    data, draw = (
+        bytearray(pickle.dumps(serialization.to_bytes(TREE["a"]))),
+        np.random.default_rng(0),
+    )
     for _ in range(300):
         changed = bytearray(data)
         for place in draw.integers(0, len(data), draw.integers(1, 4)):
             changed[place] = draw.integers(256)
         (tmp_path / "x").write_bytes(changed[: draw.integers(1, len(data) + 1)])
-        try:
+        with contextlib.suppress(ValueError):
             dict(open_source(tmp_path / "x").tensors.items())
-        except ValueError:
-            pass
 
 
 def test_published_sizes_of_magiclens():
-    from cir_jax.conversion import magiclens
-    from cir_jax.checkpoint import abstract_params
-    from cir_jax.methods.magiclens import MagicLensConfig
-
     for size, leaves, parameters in (("base", 474, 166_433_025), ("large", 666, 465_417_665)):
-        config = dataclasses.replace(MagicLensConfig.paper(size))
+        config = MagicLensConfig.paper(size)
         _, tree = abstract_params(config)
         shapes = {k: x.shape for k, x in traverse_util.flatten_dict(tree, sep="/").items()}
         found = {

@@ -225,7 +225,9 @@ def _fti4cir(tensors, prefix, facts, options) -> tuple[dict, tuple[str, ...]]:
                 f"{FTI4CIR.layout}: a state dict does not tell {', '.join(missing)}; convert the pickled module "
                 "itself, or add --variant published for the published values (12 of the attributes, those above 0.05)"
             )
-        values = {name: _number(name, facts[prefix + name], ATTRIBUTES[name][1]) for name in ATTRIBUTES}
+        values = {
+            name: _number(name, facts[prefix + name], ATTRIBUTES[name][1]) for name in ATTRIBUTES
+        }
         by = "the file"
     made |= {field: values[name] for name, (field, _) in ATTRIBUTES.items()}
     told = ", ".join(f"{name.rpartition('.')[2]} {value}" for name, value in values.items())
@@ -239,7 +241,9 @@ def _number(name: str, value: Any, like: float) -> float:
     except ValueError:
         number = math.nan
     if not 0 <= number < 10_000 or (type(value) is not str and number != value):
-        raise ValueError(f"{FTI4CIR.layout}: it has {name} {value!r}, expected a number such as {like}")
+        raise ValueError(
+            f"{FTI4CIR.layout}: it has {name} {value!r}, expected a number such as {like}"
+        )
     return number
 
 

@@ -43,7 +43,9 @@ def _clip_block(source: str, target: str, heads: int) -> list[Rule]:
         *norm(f"{source}.ln_2", f"{target}/ln2", NORM),
         *_dense(f"{source}.mlp.c_fc", f"{target}/mlp/up"),
         *_dense(f"{source}.mlp.c_proj", f"{target}/mlp/down"),
-        rule(f"{source}.attn.out.kernel", f"{target}/attention/out/kernel", Change(heads=(0, heads))),
+        rule(
+            f"{source}.attn.out.kernel", f"{target}/attention/out/kernel", Change(heads=(0, heads))
+        ),
         rule(f"{source}.attn.out.bias", f"{target}/attention/out/bias"),
     ]
     for name in ("query", "key", "value"):

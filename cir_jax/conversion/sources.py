@@ -267,7 +267,9 @@ def _unknown(start: bytes) -> str:
         if start.startswith(beginning):
             return f"is {what}"
     begins = f"begins with {start[:8]!r}" if start else "is empty"
-    return f"{begins}; expected safetensors, a file of torch.save or of flax, or a TorchScript archive"
+    return (
+        f"{begins}; expected safetensors, a file of torch.save or of flax, or a TorchScript archive"
+    )
 
 
 # safetensors: the length of a header, the header in JSON, and bytes.
