@@ -282,7 +282,7 @@ def test_the_module_of_fti4cir_tells_its_settings(converted):
 def test_a_state_dict_of_fti4cir_needs_a_word(tmp_path, converted):
     source = save(tmp_path / "state.safetensors", network("fti4cir"))
     parts = {"clip": save(tmp_path / "clip.safetensors", clip())}
-    with pytest.raises(ValueError, match="does not tell topk, epsilon, .*--variant published"):
+    with pytest.raises(ValueError, match=r"does not tell topk, epsilon, .*--variant published"):
         convert(source, tmp_path / "a", "fti4cir", parts=parts, activation="quick_gelu")
     options = {"parts": parts, "activation": "quick_gelu", "variant": "published"}
     # Six attributes are fewer than the published twelve that are kept.
@@ -409,7 +409,7 @@ def test_two_clips_are_one_too_many(tmp_path):
     path, _, options, _ = source_of("pic2word", tmp_path)
     parts = {"clip": tmp_path / "clip.safetensors"}
     with pytest.raises(
-        ValueError, match="there are several CLIPs, .*'state_dict.module.' and by clip="
+        ValueError, match=r"there are several CLIPs, .*'state_dict.module.' and by clip="
     ):
         convert(path, tmp_path / "model", "pic2word", parts=parts, **options)
 

@@ -1,11 +1,9 @@
 """FTI4CIR, Pic2Word, SEARLE, LinCIR, MagicLens against PyTorch: losses, every gradient, a search for words, whole models.
 
-Their code has no licence to be run from here, so the modules are stated again with `torch.nn` and the published names
-of their tensors; FTI4CIR's must give the printed numbers of the released one first. CLIP is `open_clip`'s.
-Needs the extra `[parity]`.
+FTI4CIR's code has no licence, so the modules are stated again here with `torch.nn` and the published names of tensors;
+FTI4CIR's must give the printed numbers of the released one first. CLIP is `open_clip`'s. Needs the extra `[parity]`.
 """
 
-import contextlib
 import pickle
 
 import golden_inversion as golden
@@ -32,7 +30,7 @@ try:
     from torch import nn
     from torch.nn import functional as F
 except ImportError:  # the tests are not selected then
-    torch, nn = None, contextlib  # something with a name `Module` is not needed then
+    torch = None
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 NETWORKS = {
@@ -99,8 +97,9 @@ def img2text(width, embed, word, count, layers, hidden, heads=1):
 
 def layer(width):
     made = nn.Module()
-    made.norm1, made.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-    made.attn, made.mlp = nn.Module(), nn.Module()
+    # In the order of the published state dict, by which the golden numbers go.
+    made.norm1, made.attn = nn.LayerNorm(width), nn.Module()
+    made.norm2, made.mlp = nn.LayerNorm(width), nn.Module()
     made.attn.to_queries = nn.Linear(width, width, bias=False)
     made.attn.to_keys_values = nn.Linear(width, 2 * width, bias=False)
     made.attn.project = nn.Linear(width, width)
@@ -224,7 +223,7 @@ def pixels(count=4, size=64):
 
 @pytest.fixture(scope="module")
 def system(tmp_path_factory):
-    """By name: (restated network, open_clip's CLIP, our model), in float64 on both sides but the last."""
+    """By name: (restated network and open_clip's CLIP in float64, our model)."""
 
     def make(name):
         clip = small()
@@ -454,15 +453,16 @@ def test_fusion_of_magiclens(width, heads, layers):
 
         @jax.jit
         def computed(params, x):
-            value = lambda p: ((y := nnx.merge(graph, p)(x)) * direction).sum() + 0 * y.sum()
-            return nnx.merge(graph, params)(x), jax.grad(value)(params)
+            value = lambda params: nnx.merge(graph, params)(x)
+            found, back = jax.vjp(value, params)
+            return found, back(jnp.asarray(direction))[0]
 
         found, gradient = computed(params, x)
     close(found, expected)
     flat = traverse_util.flatten_dict(jax.tree.map(np.asarray, gradient), sep="/")
     for key, _, make in rules.original(flat, table):
         reference = leaves[key.replace(".", "/")].grad
-        # The keys' bias moves all logits of a query alike: but for the cap it would have no gradient at all.
+        # The keys' bias moves all logits of a query alike: but for their cap it would have no gradient.
         close(make(), reference, least=max(1e-3, float(reference.abs().max())))
 
 
