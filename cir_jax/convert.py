@@ -71,17 +71,8 @@ class Converted:
 def _modules() -> dict:
     from cir_jax.conversion import beit3, bert, clip, inversion, magiclens, maria
 
-    return {
-        "clip": clip,
-        "bert": bert,
-        "cfir": beit3,
-        "maria": maria,
-        "fti4cir": inversion.FTI4CIR,
-        "pic2word": inversion.PIC2WORD,
-        "searle": inversion.SEARLE,
-        "lincir": inversion.LINCIR,
-        "magiclens": magiclens,
-    }
+    modules = {"clip": clip, "bert": bert, "cfir": beit3, "maria": maria, "magiclens": magiclens}
+    return modules | dict.fromkeys(inversion.NETWORKS, inversion)
 
 
 def _module(method: str | None):
@@ -117,15 +108,18 @@ def convert(
     """
     files.refuse_existing(dest)
     module = _module(method)
-    parts, known = dict(parts or {}), getattr(module, "parts", ())
-    if parts.keys() - {*known}:
-        made = " and ".join(("one source", *(f"perhaps {name}=SOURCE" for name in known)))
-        raise ValueError(f"{method} is made of {made}; found {', '.join(sorted(parts))} besides")
+    known, parts = getattr(module, "PARTS", {}).get(method, ()), parts or {}
+    if not set(parts) <= set(known):
+        more = f", perhaps with {', '.join(f'{part}=SOURCE' for part in known)}" if known else ""
+        raise ValueError(
+            f"{method} is made of one source{more}; found {', '.join(sorted(parts))} besides"
+        )
     from cir_jax.conversion.rules import Options
-    from cir_jax.conversion.sources import open_source
+    from cir_jax.conversion.sources import joined, open_source
 
     path, folder, came_from = _found(source)
     options = Options(
+        method=method,
         variant=variant,
         activation=activation,
         tokenizer=None if tokenizer is None else files.local_path(tokenizer),
@@ -135,14 +129,12 @@ def convert(
     if options.tokenizer and not options.tokenizer.is_file():
         raise FileNotFoundError(f"there is no vocabulary file {options.tokenizer.absolute()}")
     try:
-        opened = {"": open_source(path, group or getattr(module, "group", None))}
-        names = {"": came_from}
-        for name, part in parts.items():
-            place, _, names[name] = _found(part)
-            opened[name] = open_source(place)
+        opened = {"": open_source(path, group or getattr(module, "GROUP", None))}
+        for part, each in parts.items():
+            found, _, name = _found(each)
+            opened[part], came_from = open_source(found), f"{came_from} {part}={name}"
         plan = module.plan(opened, options)
-        tensors = module.join(opened) if known else opened[""].tensors
-        return _written(plan, tensors, opened, names, dest, dtype)
+        return _written(plan, joined(opened), dest, dtype, came_from)
     except ValueError as error:
         place = printable(str(source))
         told = str(error)
@@ -165,11 +157,8 @@ def _found(source) -> tuple[Path, Path | None, str]:
     return path, path if path.is_dir() else None, path.name
 
 
-def _written(plan, tensors, opened: Mapping, names: Mapping, dest, dtype: str) -> Converted:
-    """Convert tensors by a plan and save; memory holds the model once, and one tensor more.
-
-    `opened` and `names` are the sources and what to remember them by; "" is the first.
-    """
+def _written(plan, source, dest, dtype: str, came_from: str) -> Converted:
+    """Convert by a plan and save; memory holds the model once, and one tensor more."""
     from flax import traverse_util
 
     from cir_jax.checkpoint import abstract_params, save_model
@@ -178,29 +167,25 @@ def _written(plan, tensors, opened: Mapping, names: Mapping, dest, dtype: str) -
 
     _, tree = abstract_params(plan.config)
     shapes = {name: tuple(x.shape) for name, x in traverse_util.flatten_dict(tree, sep="/").items()}
-    params, ignored = apply(tensors, plan, shapes, dtype)
+    params, ignored = apply(source.tensors, plan, shapes, dtype)
     modules = module_fingerprints(params)
     about = {
         "converted": {
-            "source": names[""],
-            "sha256": opened[""].sha256,
+            "source": came_from,
+            "sha256": source.sha256,
             "layout": plan.layout,
             "notes": list(plan.notes),
             "ignored": len(ignored),
         }
     }
-    if parts := {name: source for name, source in opened.items() if name}:
-        about["converted"]["parts"] = {
-            name: {"source": names[name], "sha256": source.sha256} for name, source in parts.items()
-        }
     tree = traverse_util.unflatten_dict(params, sep="/")
     mark = save_model(dest, plan.config, tree, dtype=dtype, about=about, modules=modules)
     return Converted(
         layout=plan.layout,
-        tensors=len(tensors) - len(ignored),
+        tensors=len(source.tensors) - len(ignored),
         parameters=sum(x.size for x in params.values()),
         ignored=ignored,
-        left_out={k: count for source in opened.values() for k, count in source.left_out.items()},
+        left_out=source.left_out,
         notes=plan.notes,
         fingerprint=mark,
         modules=modules,

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx, traverse_util
 
 from cir_jax.checkpoint import abstract_params
-from cir_jax.conversion.inversion import LINCIR, SEARLE, phi_rules, pic2word_rules
+from cir_jax.conversion.inversion import original, phi_rules, pic2word_rules
 from cir_jax.data.emoji import VOCABULARY
 from cir_jax.data.images import ImageSpec, crop, prepare
 from cir_jax.data.inputs import Inputs
@@ -90,7 +90,7 @@ def test_phi_has_the_published_shapes(config, size, embed):
     own = {name: shape for name, shape in shapes.items() if not name.startswith("clip/")}
     found = {rule.source: rule.source_shape(own) for rule in phi_rules()}
     assert found == golden.phi_shapes("", embed, 4 * embed, embed)
-    whole, _ = {SearleConfig: SEARLE, LinCirConfig: LINCIR}[config].original(config.paper(size))
+    whole, _ = original(config.paper(size))
     assert sorted(target for rule in whole for target in rule.targets) == sorted(shapes)
 
 

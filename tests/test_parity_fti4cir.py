@@ -33,12 +33,6 @@ except ImportError:  # the tests are not selected then
     torch = None
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
-NETWORKS = {
-    "fti4cir": inversion.FTI4CIR,
-    "pic2word": inversion.PIC2WORD,
-    "searle": inversion.SEARLE,
-    "lincir": inversion.LINCIR,
-}
 
 
 def close(found, expected, tolerance=1e-6, least=1.0):
@@ -338,7 +332,7 @@ def test_loss_and_every_gradient(name, system, capsys):
         found, gradient = computed(own, clip)
     close(found, value.item())
     flat = traverse_util.flatten_dict(jax.tree.map(np.asarray, gradient), sep="/")
-    back = {key: make() for key, _, make in rules.original(flat, NETWORKS[name].rules())}
+    back = {key: make() for key, _, make in rules.original(flat, inversion.NETWORKS[name].rules())}
     expected = {key: x.grad for key, x in network.named_parameters()}
     assert back.keys() == expected.keys()
     worst = 0.0

@@ -17,10 +17,11 @@ from cir_jax.conversion.rules import (
     Options,
     Plan,
     Rule,
+    layer_count,
     linear,
     norm,
     rule,
-    sized,
+    shape_of,
     within,
 )
 from cir_jax.conversion.sources import Source, Tensors
@@ -36,8 +37,7 @@ IGNORED = {
     r"(.*\.)?criterion_target": "the constant 1 that the loss compares with",
     r"(optimizer|scheduler|scaler)\..*": "the state of training",
 }
-CLIP_PART = "clip:"  # before the names of the tensors of `clip=SOURCE`
-CLIP_EXPORT = "clip."
+CLIP = "clip."  # before the names of the tensors of `clip=SOURCE`, and before those of an export
 CLIP_ANCHOR = "visual.conv1.weight"
 BLOCK = "transformer.layers."
 # Attribute of `IMG2TEXT` -> (field, the published value); a state dict does not hold them.
@@ -92,14 +92,14 @@ def fti4cir_rules() -> tuple[Rule, ...]:
 
 @dataclass(frozen=True)
 class Network:
-    """How the files of one system are read.
+    """How the file of one system is read.
 
     Attributes:
       config: type of the method's.
       layout: what the file is, in words.
       anchor: a tensor that every such file has; what stands before its name stands before all names of the network.
       rules: makes the table of the network.
-      fields: of the config besides CLIP's, from (tensors, prefix, facts, options).
+      fields: (fields of the config besides CLIP's, notes) from (tensors, prefix, facts, options).
       image: fields of the picture transform that are not CLIP's own; whether RGB comes first is `--resize-first`.
     """
 
@@ -109,50 +109,9 @@ class Network:
     rules: Callable[[], tuple[Rule, ...]]
     fields: Callable[[Tensors, str, Mapping[str, Any], Options], tuple[dict, tuple[str, ...]]]
     image: Mapping[str, Any]
-    # The further sources that a command may name, and the group of the first one that is read: all of it.
-    parts: tuple[str, ...] = ("clip",)
-    group: str = "*"
 
-    def original(self, config) -> tuple[tuple[Rule, ...], dict[str, str]]:
-        """The table and the notes of an export."""
-        table, notes = clip.original(config)
-        said = {name: field for name, (field, _) in ATTRIBUTES.items() if hasattr(config, field)}
-        if self.config is Fti4cirConfig:
-            notes = notes | {name: str(getattr(config, field)) for name, field in said.items()}
-        return (*self.rules(), *within(table, CLIP_EXPORT, "clip/")), notes
-
-    def plan(self, sources: Mapping[str, Any], options: Options) -> Plan:
-        """How to read {"": the network, "clip": its CLIP, if that is a source of its own}; errors as of `clip.plan`."""
-        source = sources[""]
-        prefix = self._prefix(source.tensors)
-        own, notes = self.fields(source.tensors, prefix, source.facts, options)
-        place, found = self._clip(sources)
-        if options.variant == PUBLISHED:
-            options = replace(options, variant=None)
-        base = clip.plan({"": found}, replace(options, folder=_folder(found)))
-        place += base.prefix
-        inputs = base.config.inputs
-        image = replace(inputs.image, **{"resize": "short", "crop_offset": "round", **self.image})
-        shared = {each.name: getattr(base.config, each.name) for each in fields(ClipConfig)}
-        return Plan(
-            config=self.config(**{**shared, "inputs": replace(inputs, image=image), **own}),
-            rules=(*within(self.rules(), prefix), *within(base.rules, place, "clip/")),
-            layout=f"{self.layout} with {base.layout}",
-            ignored=IGNORED
-            | {f"{re.escape(place)}({each})": why for each, why in base.ignored.items()},
-            notes=(*notes, *base.notes),
-            faults=base.faults,
-        )
-
-    def join(self, sources: Mapping[str, Source]) -> Tensors:
-        """The tensors of all sources by one set of names, those that `plan` uses."""
-        records = dict(sources[""].tensors.records)
-        if "clip" in sources:
-            beside = sources["clip"].tensors.records
-            records |= {f"{CLIP_PART}{name}": record for name, record in beside.items()}
-        return Tensors(records)
-
-    def _prefix(self, tensors: Mapping) -> str:
+    def prefix(self, tensors: Mapping) -> str:
+        """What the names of the network begin with."""
         found = _before(tensors, self.anchor)
         if len(found) != 1:
             raise ValueError(
@@ -161,26 +120,59 @@ class Network:
             )
         return found[0]
 
-    def _clip(self, sources: Mapping[str, Source]) -> tuple[str, Source]:
-        """(what its names begin with among all, the source of CLIP)."""
-        source = sources[""]
-        inside = _before(source.tensors, CLIP_ANCHOR)
-        if len(inside) + ("clip" in sources) > 1:
-            raise ValueError(
-                f"{self.layout}: there are several CLIPs, in the file itself behind "
-                f"{', '.join(repr(each) for each in inside)}{' and by clip=' * ('clip' in sources)}; expected one"
-            )
-        if "clip" in sources:
-            return CLIP_PART, sources["clip"]
-        if not inside:
-            raise ValueError(
-                f"{self.layout}: the file does not hold the CLIP that it was trained on; put clip=FILE (OpenAI's "
-                "ViT-L-14.pt, ViT-B-32.pt, …) between SOURCE and DEST"
-            )
-        (prefix,) = inside
-        records = source.tensors.records.items()
-        kept = {k.removeprefix(prefix): x for k, x in records if k.startswith(prefix)}
-        return prefix, replace(source, tensors=Tensors(kept), files=())
+
+def original(config) -> tuple[tuple[Rule, ...], dict[str, str]]:
+    """The table and the notes of an export."""
+    network = next(each for each in NETWORKS.values() if each.config is type(config))
+    table, notes = clip.original(config)
+    if network is FTI4CIR:
+        notes |= {name: str(getattr(config, field)) for name, (field, _) in ATTRIBUTES.items()}
+    return (*network.rules(), *within(table, CLIP, "clip/")), notes
+
+
+def plan(sources: Mapping[str, Any], options: Options) -> Plan:
+    """How to read {"": the network, "clip": its CLIP, if that is a source of its own}; errors as of `clip.plan`."""
+    source, network = sources[""], NETWORKS[options.method]
+    prefix = network.prefix(source.tensors)
+    own, notes = network.fields(source.tensors, prefix, source.facts, options)
+    place, found = _clip(sources, network.layout)
+    variant = None if options.variant == PUBLISHED else options.variant
+    base = clip.plan({"": found}, replace(options, variant=variant, folder=_folder(found)))
+    place += base.prefix
+    inputs = base.config.inputs
+    image = replace(inputs.image, **{"resize": "short", "crop_offset": "round", **network.image})
+    shared = {each.name: getattr(base.config, each.name) for each in fields(ClipConfig)}
+    ignored = {f"{re.escape(place)}({pattern})": why for pattern, why in base.ignored.items()}
+    return Plan(
+        config=network.config(**{**shared, "inputs": replace(inputs, image=image), **own}),
+        rules=(*within(network.rules(), prefix), *within(base.rules, place, "clip/")),
+        layout=f"{network.layout} with {base.layout}",
+        ignored=IGNORED | ignored,
+        notes=(*notes, *base.notes),
+        faults=base.faults,
+    )
+
+
+def _clip(sources: Mapping[str, Source], layout: str) -> tuple[str, Source]:
+    """(what the names of CLIP's tensors begin with among all, the source of CLIP)."""
+    source = sources[""]
+    inside = _before(source.tensors, CLIP_ANCHOR)
+    if len(inside) + ("clip" in sources) > 1:
+        places = [f"in the file behind {each!r}" for each in inside] + ["by clip="] * (
+            "clip" in sources
+        )
+        raise ValueError(f"{layout}: there are several CLIPs, {', '.join(places)}; expected one")
+    if "clip" in sources:
+        return CLIP, sources["clip"]
+    if not inside:
+        raise ValueError(
+            f"{layout}: the file does not hold the CLIP that it was trained on; put clip=FILE (OpenAI's ViT-L-14.pt, "
+            "ViT-B-32.pt, …) between SOURCE and DEST"
+        )
+    (prefix,) = inside
+    records = source.tensors.records.items()
+    kept = {name.removeprefix(prefix): x for name, x in records if name.startswith(prefix)}
+    return prefix, replace(source, tensors=Tensors(kept), files=())
 
 
 def _before(tensors: Mapping, anchor: str) -> list[str]:
@@ -202,43 +194,44 @@ def _hidden(layout: str, layer: str) -> Callable:
     """The one field of a network whose first layer is called so."""
 
     def made(tensors, prefix, facts, options):
-        return {"mapper_hidden": sized(tensors, f"{prefix}{layer}.weight", 2, layout)[0]}, ()
+        return {"mapper_hidden": shape_of(tensors, f"{prefix}{layer}.weight", layout)[0]}, ()
 
     return made
 
 
 def _fti4cir(tensors, prefix, facts, options) -> tuple[dict, tuple[str, ...]]:
     """The sizes, and what only the pickled module or an export of ours knows."""
-    size = lambda name, axes: sized(tensors, f"{prefix}{name}", axes, FTI4CIR.layout)
-    layers = (re.match(re.escape(prefix + BLOCK) + r"([0-9]{1,4})\.", name) for name in tensors)
+    layout = FTI4CIR.layout
+    values = _attributes(prefix, facts, options)
     made = {
-        "attributes": size("templates", 3)[1],
-        "attribute_layers": 1 + max((int(each[1]) for each in layers if each), default=0),
-        "mapper_hidden": size("phi_s.layers.0.weight", 2)[0],
+        "attributes": shape_of(tensors, f"{prefix}templates", layout, 3)[1],
+        "attribute_layers": layer_count(tensors, f"{prefix}{BLOCK}", layout),
+        "mapper_hidden": shape_of(tensors, f"{prefix}phi_s.layers.0.weight", layout)[0],
     }
-    if options.variant == PUBLISHED:
-        values, by = {name: value for name, (_, value) in ATTRIBUTES.items()}, "--variant published"
-    else:
-        missing = [name for name in ATTRIBUTES if prefix + name not in facts]
-        if missing:
-            raise ValueError(
-                f"{FTI4CIR.layout}: a state dict does not tell {', '.join(missing)}; convert the pickled module "
-                "itself, or add --variant published for the published values (12 of the attributes, those above 0.05)"
-            )
-        values = {
-            name: _number(name, facts[prefix + name], ATTRIBUTES[name][1]) for name in ATTRIBUTES
-        }
-        by = "the file"
-    made |= {field: values[name] for name, (field, _) in ATTRIBUTES.items()}
     told = ", ".join(f"{name.rpartition('.')[2]} {value}" for name, value in values.items())
-    return made, (f"{told} by {by}",)
+    note = f"{told} by {'--variant' if options.variant == PUBLISHED else 'the file'}"
+    return made | {ATTRIBUTES[name][0]: value for name, value in values.items()}, (note,)
+
+
+def _attributes(prefix: str, facts: Mapping[str, Any], options: Options) -> dict[str, float]:
+    """The values of `ATTRIBUTES`, which only who converts knows where the file is a state dict."""
+    published = {name: value for name, (_, value) in ATTRIBUTES.items()}
+    if options.variant == PUBLISHED:
+        return published
+    missing = [name for name in published if prefix + name not in facts]
+    if missing:
+        raise ValueError(
+            f"{FTI4CIR.layout}: a state dict does not tell {', '.join(missing)}; convert the pickled module itself, or "
+            "add --variant published for the published values (at most 12 attributes, those above 0.05)"
+        )
+    return {name: _number(name, facts[prefix + name], like) for name, like in published.items()}
 
 
 def _number(name: str, value: Any, like: float) -> float:
-    """A positive number that the file holds as one, or, in the notes of an export, as text."""
+    """A number that the file holds as one, or, in the notes of an export, as text."""
     try:
         number = type(like)(value) if type(value) in (str, int, float) else math.nan
-    except ValueError:
+    except (ValueError, OverflowError):
         number = math.nan
     if not 0 <= number < 10_000 or (type(value) is not str and number != value):
         raise ValueError(
@@ -279,3 +272,7 @@ LINCIR = Network(
     _hidden("LinCIR's phi", "layers.0"),
     {"crop_offset": "floor"},
 )
+NETWORKS = {"fti4cir": FTI4CIR, "pic2word": PIC2WORD, "searle": SEARLE, "lincir": LINCIR}
+# The further sources of each method, and what is read of the first one: all groups of tensors.
+PARTS = dict.fromkeys(NETWORKS, ("clip",))
+GROUP = "*"

@@ -3,7 +3,6 @@
 Sizes and numbers of heads come from the shapes. An export has the same names with dots between their parts.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,9 +14,10 @@ from cir_jax.conversion.rules import (
     Rule,
     Stripped,
     common_prefix,
+    layer_count,
     norm,
     rule,
-    sized,
+    shape_of,
     within,
 )
 from cir_jax.data.images import ImageSpec
@@ -130,34 +130,29 @@ def plan(sources: Mapping[str, Any], options: Options) -> Plan:
 
 
 def _config(tensors, options: Options) -> MagicLensConfig:
-    patch, _, _, width = sized(tensors, "clip.visual.conv1.kernel", 4, LAYOUT)
+    patch, _, _, width = shape_of(tensors, "clip.visual.conv1.kernel", LAYOUT, 4)
     name = "clip.visual.positional_embedding"
-    size = patch * _side(sized(tensors, name, 2, LAYOUT)[0] - 1, name)
-    length, text_width = sized(tensors, "clip.text.positional_embedding", 2, LAYOUT)
+    size = patch * _side(shape_of(tensors, name, LAYOUT)[0] - 1, name)
+    length, text_width = shape_of(tensors, "clip.text.positional_embedding", LAYOUT)
     vocabulary = "clip" if options.tokenizer is None else str(options.tokenizer)
     image = ImageSpec(size, "squash", filter="bilinear", scale_by_brightest=True)
     return MagicLensConfig(
         vision=VisionConfig(size, patch, width, *_tower(tensors, "clip.visual.")),
         text=TextConfig(
-            sized(tensors, "clip.text.token_embedding.embedding", 2, LAYOUT)[0],
+            shape_of(tensors, "clip.text.token_embedding.embedding", LAYOUT)[0],
             length,
             text_width,
             *_tower(tensors, "clip.text."),
         ),
-        embed=sized(tensors, "clip.visual.proj.kernel", 2, LAYOUT)[1],
+        embed=shape_of(tensors, "clip.visual.proj.kernel", LAYOUT)[1],
         inputs=Inputs(image, TextSpec(vocab=vocabulary, length=length)),
-        fusion_layers=_layers(tensors, LAYERS),
-        fusion_heads=sized(tensors, f"{LAYERS}0.self_attention.query.w", 3, LAYOUT)[1],
+        fusion_layers=layer_count(tensors, LAYERS, LAYOUT),
+        fusion_heads=shape_of(tensors, f"{LAYERS}0.self_attention.query.w", LAYOUT, 3)[1],
     )
 
 
 def _tower(tensors, prefix: str) -> tuple[int, int]:
     """(layers, heads)"""
     blocks = f"{prefix}transformer.resblocks_"
-    heads = sized(tensors, f"{blocks}0.attn.query.kernel", 3, LAYOUT)[1]
-    return _layers(tensors, blocks), heads
-
-
-def _layers(tensors, prefix: str) -> int:
-    found = (re.match(re.escape(prefix) + r"([0-9]{1,4})\.", name) for name in tensors)
-    return 1 + max((int(each[1]) for each in found if each), default=0)
+    heads = shape_of(tensors, f"{blocks}0.attn.query.kernel", LAYOUT, 3)[1]
+    return layer_count(tensors, blocks, LAYOUT), heads

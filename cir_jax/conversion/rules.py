@@ -146,6 +146,7 @@ def within(rules: Sequence[Rule], source: str = "", target: str = "") -> tuple[R
 class Options:
     """What the person who converts says, and the folder that the source came in, if it is one."""
 
+    method: str | None = None
     variant: str | None = None
     activation: str | None = None
     tokenizer: Path | None = None
@@ -211,6 +212,25 @@ class Stripped(Mapping):
         return len(self.tensors)
 
 
+def shape_of(tensors, name: str, layout: str, axes: int = 2) -> Shape:
+    """The shape of a tensor from which sizes are read; ValueError if it is not there or has other axes."""
+    if name not in tensors:
+        refuse([f"missing {name}, from which the sizes are read"], layout)
+    shape = tensors.shape(name)
+    if len(shape) != axes or 0 in shape:
+        refuse([f"{name} has shape {list(shape)}, expected {axes} axes"], layout)
+    return shape
+
+
+def layer_count(tensors, prefix: str, layout: str) -> int:
+    """How many layers there are behind a prefix; those of a hole in the numbers will be missed later."""
+    found = {name[len(prefix) :].partition(".")[0] for name in tensors if name.startswith(prefix)}
+    numbers = {int(each) for each in found if re.fullmatch("[0-9]{1,4}", each)}
+    if not numbers:
+        refuse([f"there is no layer {prefix}0"], layout)
+    return max(numbers) + 1
+
+
 def common_prefix(names: Sequence[str], prefix: str) -> str:
     """`prefix` if all names begin with it, otherwise nothing."""
     return prefix if names and all(name.startswith(prefix) for name in names) else ""
@@ -241,16 +261,6 @@ def convert(
     for each in plan.rules:
         _fill(params, each, tensors, shapes, np.dtype(dtype))
     return params, ignored
-
-
-def sized(tensors, name: str, axes: int, layout: str) -> Shape:
-    """The shape of a tensor from which sizes are read; ValueError if it is absent or has another number of axes."""
-    if name not in tensors:
-        refuse([f"missing {name}, from which the sizes are read"], layout)
-    shape = tensors.shape(name)
-    if len(shape) != axes or 0 in shape:
-        refuse([f"{name} has shape {list(shape)}, expected {axes} axes"], layout)
-    return tuple(shape)
 
 
 def refuse(faults: Sequence[str], layout: str) -> None:

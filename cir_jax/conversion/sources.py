@@ -81,6 +81,10 @@ class Tensors(Mapping[str, np.ndarray]):
     def __getitem__(self, key: str) -> np.ndarray:
         return self.records[key].read()
 
+    def __contains__(self, key: object) -> bool:
+        # Mapping's own would read the tensor.
+        return key in self.records
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.records)
 
@@ -154,6 +158,25 @@ def open_source(path: str | os.PathLike, part: str | None = None) -> Source:
         told = str(error)
         raise ValueError(told if str(path) in told else f"{path}: {told}") from error
     return _with_config(source, path) if path.name in WEIGHTS else source
+
+
+def joined(sources: Mapping[str, Source]) -> Source:
+    """One source of several: the names of a part begin with the part's name and a dot, those of the part "" do not.
+
+    Config, facts and layout are those of the part "".
+    """
+    behind = lambda part, name: f"{part}.{name}" if part else name
+    named = lambda field: {
+        behind(part, name): each
+        for part, source in sources.items()
+        for name, each in field(source).items()
+    }
+    return replace(
+        sources[""],
+        tensors=Tensors(named(lambda source: source.tensors.records)),
+        left_out=named(lambda source: source.left_out),
+        files=tuple(path for source in sources.values() for path in source.files),
+    )
 
 
 def _is_json(path: Path) -> bool:
