@@ -410,6 +410,28 @@ def test_an_item_has_an_empty_text():
     assert np.abs(other - item).max() > 1e-3
 
 
+def test_an_id_of_zero_may_be_hidden():
+    """Within a text, as "!" is: what the word is then does not matter."""
+    shown = np.insert(ids("red"), 2, 0, axis=1)[:, :16]
+    assert 0 in shown[0, : shown[0].argmax()]
+
+    def compute(method, shown):
+        table = method.clip.text.embedding[...]
+        words = table[shown], table.at[0].set(1.0)[shown]
+        return [[method.clip.text(shown, x, hidden=n) for x in words] for n in (0, 1)]
+
+    hidden, visible = applied("magiclens", compute, shown)
+    np.testing.assert_array_equal(*hidden)
+    assert np.abs(visible[0] - visible[1]).max() > 1e-3
+    found = []
+    for hide in (True, False):
+        config = dataclasses.replace(MagicLensConfig.tiny(INPUTS), remat=False, hide_id_zero=hide)
+        graph, _ = abstract_params(config)
+        query = jax.jit(lambda params, x, graph=graph: nnx.merge(graph, params).query(x))
+        found.append(query(tiny("magiclens")[1], {"image": images(1), "text": shown}))
+    assert np.abs(found[0] - found[1]).max() > 1e-5
+
+
 def test_pictures_scaled_by_their_brightest_value():
     dark = np.random.default_rng(0).integers(0, 100, (32, 32, 3), np.uint8)
     dark[0, 0] = 120

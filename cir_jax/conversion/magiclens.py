@@ -125,7 +125,7 @@ def plan(sources: Mapping[str, Any], options: Options) -> Plan:
     config = _config(tensors, options)
     words, room = tokenizer(config.inputs.text).size, config.text.vocabulary
     faults = () if words == room else (f"the text tower has {room:,} ids, the tokenizer {words:,}",)
-    note = "a picture's largest value becomes 1, and RGB comes first"
+    note = 'as published, a picture is divided by its largest value and "!" hidden; RGB comes first'
     return Plan(config, rules(config), LAYOUT, {}, prefix, (note,), faults)
 
 
@@ -148,6 +148,7 @@ def _config(tensors, options: Options) -> MagicLensConfig:
         inputs=Inputs(image, TextSpec(vocab=vocabulary, length=length)),
         fusion_layers=layer_count(tensors, LAYERS, LAYOUT),
         fusion_heads=shape_of(tensors, f"{LAYERS}0.self_attention.query.w", LAYOUT, 3)[1],
+        hide_id_zero=True,
     )
 
 
