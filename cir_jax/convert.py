@@ -16,7 +16,7 @@ from cir_jax.progress import printable
 
 @dataclass(frozen=True)
 class Arguments:
-    """Convert a checkpoint of PyTorch, safetensors or Hugging Face; the numbers stay what they are.
+    """Convert a checkpoint of PyTorch, safetensors, flax or Hugging Face; the numbers stay what they are.
 
     SOURCE is a file or a folder (or `hf://owner/name`), DEST a new folder. A method that is made of several files takes
     the others as `part=SOURCE`. With `--export original` the arguments are a CHECKPOINT of ours and a new
@@ -195,7 +195,8 @@ def _written(plan, source, dest, dtype: str, came_from: str) -> Converted:
 def export(checkpoint: str | os.PathLike, dest: str | os.PathLike) -> int:
     """Write a checkpoint with the original library's names, float32, and return the number of tensors.
 
-    CLIP gets OpenAI's names (which open_clip reads too), BERT those of `transformers.BertModel`. Batch norm's counts of
+    CLIP gets OpenAI's names (which open_clip reads too), behind `clip.` those of a CLIP inside another method; BERT gets
+    those of `transformers.BertModel`, MagicLens those of its parameters with dots between the parts. Batch norm's counts of
     training steps are no part of a model here; PyTorch begins them at 0.
 
     Raises:

@@ -405,6 +405,13 @@ def test_sources_that_do_not_fit(name, parts, message, tmp_path):
     assert not (tmp_path / "model").exists()
 
 
+def test_words_of_single_pictures_are_no_model(tmp_path):
+    writer = Writer()
+    (tmp_path / "oti.pt").write_bytes(writer.zip(writer.tensor(np.zeros((5, WORD), np.float32))))
+    with pytest.raises(ValueError, match=r"SEARLE-OTI .* are no model"):
+        convert(tmp_path / "oti.pt", tmp_path / "model", "searle")
+
+
 def test_two_clips_are_one_too_many(tmp_path):
     path, _, options, _ = source_of("pic2word", tmp_path)
     parts = {"clip": tmp_path / "clip.safetensors"}

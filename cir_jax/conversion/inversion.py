@@ -101,6 +101,7 @@ class Network:
       rules: makes the table of the network.
       fields: (fields of the config besides CLIP's, notes) from (tensors, prefix, facts, options).
       image: fields of the picture transform that are not CLIP's own; whether RGB comes first is `--resize-first`.
+      hint: what else to say where a file is none of the system's.
     """
 
     config: type
@@ -109,6 +110,7 @@ class Network:
     rules: Callable[[], tuple[Rule, ...]]
     fields: Callable[[Tensors, str, Mapping[str, Any], Options], tuple[dict, tuple[str, ...]]]
     image: Mapping[str, Any]
+    hint: str = ""
 
     def prefix(self, tensors: Mapping) -> str:
         """What the names of the network begin with."""
@@ -116,7 +118,7 @@ class Network:
         if len(found) != 1:
             raise ValueError(
                 f"this is no {self.layout}: of its {len(tensors)} tensors {len(found)} are called {self.anchor}, "
-                "whatever stands before it; expected one"
+                f"whatever stands before it; expected one{self.hint}"
             )
         return found[0]
 
@@ -158,9 +160,8 @@ def _clip(sources: Mapping[str, Source], layout: str) -> tuple[str, Source]:
     source = sources[""]
     inside = _before(source.tensors, CLIP_ANCHOR)
     if len(inside) + ("clip" in sources) > 1:
-        places = [f"in the file behind {each!r}" for each in inside] + ["by clip="] * (
-            "clip" in sources
-        )
+        places = [f"in the file behind {each!r}" for each in inside]
+        places += ["by clip="] if "clip" in sources else []
         raise ValueError(f"{layout}: there are several CLIPs, {', '.join(places)}; expected one")
     if "clip" in sources:
         return CLIP, sources["clip"]
@@ -263,6 +264,8 @@ SEARLE = Network(
     phi_rules,
     _hidden("SEARLE's phi", "layers.0"),
     {"resize": "targetpad"},
+    "; the words of SEARLE-OTI (oti_pseudo_tokens.pt) belong to single pictures and are no model, cir_jax.methods.oti "
+    "finds such",
 )
 LINCIR = Network(
     LinCirConfig,
