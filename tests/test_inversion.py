@@ -411,7 +411,7 @@ def test_an_item_has_an_empty_text():
 
 
 def test_an_id_of_zero_may_be_hidden():
-    """Within a text, as "!" is: what the word is then does not matter."""
+    """Within a text, too: what its word is then does not matter."""
     shown = np.insert(ids("red"), 2, 0, axis=1)[:, :16]
     assert 0 in shown[0, : shown[0].argmax()]
 

@@ -460,6 +460,25 @@ def test_fusion_of_magiclens(width, heads, layers):
         close(make(), reference, least=max(1e-3, float(reference.abs().max())))
 
 
+def test_a_hidden_id(system):
+    """Scenic's text tower takes the id 0 for padding wherever it stands; in CLIP's vocabulary it is a "!" before another sign."""
+    _, clip, model = system("searle")
+    texts = ["wow !~ a red one", "no !~ no !~ no"]
+    rows, expected = ids(*texts), []
+    for row in rows:
+        mask = clip.attn_mask.masked_fill(row == 0, -torch.inf)
+        x = (clip.token_embedding(row) + clip.positional_embedding)[None]
+        last = clip.ln_final(clip.transformer(x, attn_mask=mask))[0, row.argmax()]
+        expected.append(last @ clip.text_projection)
+    assert (rows[:, :5] == 0).any(1).all()
+    with jax.enable_x64(True):
+        params = jax.tree.map(lambda x: jnp.asarray(x, np.float64), model.params)
+        tower = nnx.merge(model.graph, params).clip.text
+        found, plain = tower(rows.numpy(), hidden=0), tower(rows.numpy())
+    close(found, torch.stack(expected))
+    assert np.abs(np.asarray(found - plain)).max() > 1e-3
+
+
 # ---- whole models in their published sizes ----
 
 

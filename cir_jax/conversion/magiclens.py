@@ -125,7 +125,7 @@ def plan(sources: Mapping[str, Any], options: Options) -> Plan:
     config = _config(tensors, options)
     words, room = tokenizer(config.inputs.text).size, config.text.vocabulary
     faults = () if words == room else (f"the text tower has {room:,} ids, the tokenizer {words:,}",)
-    note = 'as published, a picture is divided by its largest value and "!" hidden; RGB comes first'
+    note = "as published, a picture is divided by its largest value and the id 0 hidden; RGB comes first"
     return Plan(config, rules(config), LAYOUT, {}, prefix, (note,), faults)
 
 

@@ -31,7 +31,7 @@ SOFTPLUS = 1.442695041
 class MagicLensConfig(ClipConfig):
     """CLIP and what fuses its features; `fusion_heads` also in the pooling, whose heads are four times as wide.
 
-    With `hide_id_zero` no word of a text sees the id 0, which is padding and, in CLIP's vocabulary, also "!".
+    With `hide_id_zero` no word of a text sees the id 0: padding and, in CLIP's vocabulary, a "!" before another sign.
     """
 
     fusion_layers: int = 4
@@ -50,8 +50,8 @@ class MagicLensConfig(ClipConfig):
     def paper(cls, size: Literal["base", "large"] = "large") -> "MagicLensConfig":
         """The published sizes, with their picture transform.
 
-        Original: data_utils.py, divides a picture by its largest value instead of 255; Scenic's text tower takes "!"
-        for padding.
+        Original: data_utils.py, divides a picture by its largest value instead of 255; Scenic's text tower takes
+        the id 0 for padding wherever it stands.
         """
         image = ImageSpec(resize="squash", filter="bilinear", scale_by_brightest=True)
         clip, heads = {"base": ("B/16", 8), "large": ("L/14", 16)}[size]
