@@ -5,6 +5,8 @@ FTI4CIR's must give the printed numbers of the released one first. CLIP is `open
 """
 
 import pickle
+import sys
+import types
 
 import golden_inversion as golden
 import jax
@@ -344,6 +346,51 @@ def test_loss_and_every_gradient(name, system, capsys):
         print(
             f"\n{name}: loss {value.item():.6f}, gradients apart by at most {worst:.1e} of their largest"
         )
+
+
+def pickled(network, monkeypatch, **attributes):
+    """The network as its authors save it: a whole module of their classes, functions and attributes included."""
+
+    def become(module, path):
+        where, _, name = path.rpartition(".")
+        if where not in sys.modules:
+            monkeypatch.setitem(sys.modules, where, types.ModuleType(where))
+        kinds = vars(sys.modules[where])
+        module.__class__ = kinds.setdefault(name, type(name, (nn.Module,), {"__module__": where}))
+        for key in ("forward", "candidates"):  # ours
+            module.__dict__.pop(key, None)
+
+    tower = network.transformer
+    become(tower, "MHTransformer.Transformer")
+    tower.enc_dec = False
+    for each in tower.layers:
+        become(each, "MHTransformer.TransformerLayer")
+        become(each.attn, "MHTransformer.MultiHeadAttention")
+        become(each.mlp, "MHTransformer.MlpTransformer")
+        each.attn.num_heads, each.attn.scale = 1, 128**-0.5
+        each.mlp.act, each.mlp.dropout, each.attn.dropout = F.relu, nn.Dropout(0.0), nn.Dropout(0.0)
+    for each in (network.phi_s, network.phi_a):
+        become(each, "i2t_model.Phi")
+    become(network, "i2t_model.IMG2TEXT")
+    network.cosine_criterion, network.ortho_loss = nn.CosineEmbeddingLoss(), nn.MSELoss()
+    network.criterion_target, network.num_k = torch.as_tensor([1]), 6
+    for name, value in attributes.items():
+        setattr(network, name, value)
+    return network
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_pickled_module_is_its_state_dict(legacy, tmp_path, monkeypatch):
+    """As FTI4CIR's file is: nothing of it runs, its settings come from the object."""
+    network, clip = made("fti4cir", 128, 64, 128), small()
+    expected = converted("fti4cir", network, clip, tmp_path, **settings())
+    own = {name: x for name, x in settings().items() if "." not in name}
+    network = pickled(network, monkeypatch, **own)
+    torch.save(network, tmp_path / "whole.pth", _use_new_zipfile_serialization=not legacy)
+    said = ["--method", "fti4cir", "--activation", "quick_gelu"]
+    out = run(tmp_path / "whole.pth", f"clip={tmp_path / 'clip.pt'}", tmp_path / "whole", *said)
+    assert expected.fingerprint in out
+    assert f"topk {KEPT}, epsilon {THRESHOLD}, num_heads 1" in out
 
 
 # ---- words found by optimisation ----
