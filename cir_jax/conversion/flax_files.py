@@ -16,9 +16,8 @@ from cir_jax.files import shown
 MOST_VALUES = 100_000
 MOST_DEPTH = 64
 MOST_TEXT = 1000  # bytes of a name
-DICTIONARIES = range(
-    0x80, 0x90
-)  # with up to 15 entries; longer ones have a count of so many bytes:
+# The kinds of MessagePack: short ones hold a count themselves, behind others it has so many bytes.
+DICTIONARIES = range(0x80, 0x90)
 LONG_DICTIONARIES = {0xDE: 2, 0xDF: 4}
 TEXTS = {0xD9: 1, 0xDA: 2, 0xDB: 4}
 BYTES = {0xC4: 1, 0xC5: 2, 0xC6: 4}

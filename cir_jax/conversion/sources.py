@@ -1,9 +1,10 @@
 """Published weights on disk as named tensors, whatever program wrote them.
 
 A file is recognised by its content: safetensors, the zip and the older stream of `torch.save`, TorchScript archives,
-what flax writes, and folders as Hugging Face and open_clip publish them, in one file or in shards. Nothing of a file is executed
-(`pickles.py`), and a tensor is read when it is asked for, so that a conversion holds one at a time. safetensors is read
-by the few lines below and not by its package: that one maps the file into memory (see `torch_files.py`).
+what flax writes, and folders as Hugging Face and open_clip publish them, in one file or in shards. Nothing of a file is
+executed (`pickles.py`), and a tensor is read when it is asked for, so that a conversion holds one at a time.
+safetensors is read by the few lines below and not by its package: that one maps the file into memory (see
+`torch_files.py`).
 """
 
 import functools
