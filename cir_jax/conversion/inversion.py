@@ -206,7 +206,7 @@ def _fti4cir(tensors, prefix, facts, options) -> tuple[dict, tuple[str, ...]]:
     values = _attributes(prefix, facts, options)
     made = {
         "attributes": shape_of(tensors, f"{prefix}templates", layout, 3)[1],
-        "attribute_layers": layer_count(tensors, f"{prefix}{BLOCK}", layout),
+        "attribute_layers": layer_count(tensors, f"{prefix}{BLOCK}"),
         "mapper_hidden": shape_of(tensors, f"{prefix}phi_s.layers.0.weight", layout)[0],
     }
     told = ", ".join(f"{name.rpartition('.')[2]} {value}" for name, value in values.items())

@@ -146,7 +146,7 @@ def _config(tensors, options: Options) -> MagicLensConfig:
         ),
         embed=shape_of(tensors, "clip.visual.proj.kernel", LAYOUT)[1],
         inputs=Inputs(image, TextSpec(vocab=vocabulary, length=length)),
-        fusion_layers=layer_count(tensors, LAYERS, LAYOUT),
+        fusion_layers=layer_count(tensors, LAYERS),
         fusion_heads=shape_of(tensors, f"{LAYERS}0.self_attention.query.w", LAYOUT, 3)[1],
         hide_id_zero=True,
     )
@@ -156,4 +156,4 @@ def _tower(tensors, prefix: str) -> tuple[int, int]:
     """(layers, heads)"""
     blocks = f"{prefix}transformer.resblocks_"
     heads = shape_of(tensors, f"{blocks}0.attn.query.kernel", LAYOUT, 3)[1]
-    return layer_count(tensors, blocks, LAYOUT), heads
+    return layer_count(tensors, blocks), heads

@@ -222,12 +222,12 @@ def shape_of(tensors, name: str, layout: str, axes: int = 2) -> Shape:
     return shape
 
 
-def layer_count(tensors, prefix: str, layout: str) -> int:
+def layer_count(tensors, prefix: str) -> int:
     """How many layers there are behind a prefix; those of a hole in the numbers will be missed later."""
     found = {name[len(prefix) :].partition(".")[0] for name in tensors if name.startswith(prefix)}
     numbers = {int(each) for each in found if re.fullmatch("[0-9]{1,4}", each)}
     if not numbers:
-        refuse([f"there is no layer {prefix}0"], layout)
+        raise ValueError(f"there is no layer {prefix}0")
     return max(numbers) + 1
 
 

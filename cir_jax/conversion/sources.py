@@ -165,7 +165,16 @@ def joined(sources: Mapping[str, Source]) -> Source:
     """One source of several: the names of a part begin with the part's name and a dot, those of the part "" do not.
 
     Config, facts and layout are those of the part "".
+
+    Raises:
+      ValueError: the part "" has names like those of another.
     """
+    for part in sources.keys() - {""}:
+        taken = sum(name.startswith(f"{part}.") for name in sources[""].tensors)
+        if taken:
+            raise ValueError(
+                f"holds {taken} tensors behind {part}. itself; leave out {part}=SOURCE"
+            )
     behind = lambda part, name: f"{part}.{name}" if part else name
     named = lambda field: {
         behind(part, name): each
