@@ -16,7 +16,7 @@ from cir_jax.progress import printable
 
 @dataclass(frozen=True)
 class Arguments:
-    """Convert a checkpoint of PyTorch, safetensors or Hugging Face; the numbers stay what they are.
+    """Convert a checkpoint of PyTorch, safetensors, flax or Hugging Face; the numbers stay what they are.
 
     SOURCE is a file or a folder (or `hf://owner/name`), DEST a new folder. A method that is made of several files takes
     the others as `part=SOURCE`. With `--export original` the arguments are a CHECKPOINT of ours and a new
@@ -25,12 +25,15 @@ class Arguments:
     """
 
     paths: tyro.conf.Positional[tuple[str, ...]]
-    """SOURCE [part=SOURCE …] DEST, or with --export CHECKPOINT DEST.safetensors"""
+    """SOURCE [part=SOURCE …] DEST, or with --export CHECKPOINT DEST.safetensors; parts are the clip=SOURCE of
+    fti4cir, pic2word, searle and lincir and the stage1=SOURCE of blip_rerank"""
     method: str | None = None
-    """what the checkpoint is: clip, bert, cfir (BEiT-3), maria, blip_cir, blip_itm, blip_rerank"""
+    """what the checkpoint is: clip, bert, cfir (BEiT-3), maria, blip_cir, blip_itm, blip_rerank, fti4cir, pic2word, searle,
+    lincir, magiclens"""
     variant: str | None = None
     """what the file does not tell: the published name of a CLIP (ViT-B/32, ViT-B-32-quickgelu); mean or cls of a BERT;
-    cfir or multiway-adapter of a CFIR with adapters; pixels of a BLIP's pictures, if not those of the file"""
+    cfir or multiway-adapter of a CFIR with adapters; pixels of a BLIP's pictures, if not those of the file; published
+    for a state dict of FTI4CIR"""
     tokenizer: Path | None = None
     """vocabulary file, if it is neither CLIP's nor in the source's folder"""
     activation: Literal["quick_gelu", "gelu"] | None = None
@@ -68,10 +71,11 @@ class Converted:
 
 
 def _modules() -> dict:
-    from cir_jax.conversion import beit3, bert, blip, clip, maria
+    from cir_jax.conversion import beit3, bert, blip, clip, inversion, magiclens, maria
 
     modules = {"clip": clip, "bert": bert, "cfir": beit3, "maria": maria}
-    return modules | dict.fromkeys(("blip_cir", "blip_itm", "blip_rerank"), blip)
+    modules |= dict.fromkeys(("blip_cir", "blip_itm", "blip_rerank"), blip)
+    return modules | dict.fromkeys(inversion.NETWORKS, inversion) | {"magiclens": magiclens}
 
 
 def _module(method: str | None):
@@ -128,7 +132,7 @@ def convert(
     if options.tokenizer and not options.tokenizer.is_file():
         raise FileNotFoundError(f"there is no vocabulary file {options.tokenizer.absolute()}")
     try:
-        opened = {"": open_source(path, group)}
+        opened = {"": open_source(path, group or getattr(module, "GROUP", None))}
         for part, each in parts.items():
             found, _, name = _found(each)
             opened[part], came_from = open_source(found), f"{came_from} {part}={name}"
@@ -195,7 +199,8 @@ def _written(plan, source, dest, dtype: str, came_from: str) -> Converted:
 def export(checkpoint: str | os.PathLike, dest: str | os.PathLike) -> int:
     """Write a checkpoint with the original library's names, float32, and return the number of tensors.
 
-    CLIP gets OpenAI's names (which open_clip reads too), BERT those of `transformers.BertModel`; the text encoder of
+    CLIP gets OpenAI's names (which open_clip reads too), behind `clip.` those of a CLIP inside another method; BERT gets
+    those of `transformers.BertModel`, MagicLens those of its parameters with dots between the parts; the text encoder of
     stage I inside a `blip_rerank` stands behind `stage1.`. Batch norm's counts of training steps are no part of a model
     here, PyTorch begins them at 0; nor are `position_ids`.
 

@@ -25,7 +25,7 @@ from test_methods import INPUTS, drawn
 
 import cir_jax
 from cir_jax.conversion import clip, rules
-from cir_jax.convert import convert
+from cir_jax.convert import _module, _modules, convert
 from cir_jax.methods import METHODS
 
 
@@ -447,11 +447,9 @@ def _flat(params):
 # ---- tables and the rest ----
 
 
-@pytest.mark.parametrize("name", ["clip", "bert", "cfir", "maria"])
+@pytest.mark.parametrize("name", _modules())
 def test_every_table_fills_every_parameter(name):
     from flax import traverse_util
-
-    from cir_jax.convert import _module
 
     model = drawn(METHODS[name][0].tiny(INPUTS))
     flat = traverse_util.flatten_dict(model.params, sep="/")

@@ -13,7 +13,8 @@ from PIL import Image
 
 from cir_jax import losses, optim, sharding
 from cir_jax.checkpoint import abstract_params
-from cir_jax.conversion.fti4cir import IGNORED, clip_rules, fti4cir_rules
+from cir_jax.conversion import inversion
+from cir_jax.conversion.inversion import fti4cir_rules
 from cir_jax.conversion.rules import Plan, convert, original
 from cir_jax.data.emoji import VOCABULARY
 from cir_jax.data.images import ImageSpec, crop
@@ -173,9 +174,8 @@ def test_the_table_holds_the_51_tensors_of_the_published_module():
     assert sum(map(np.prod, found.values())) == 54_327_552
     targets = [name for rule in fti4cir_rules() for name in rule.targets]
     assert sorted(targets) == sorted(own)
-    assert "criterion_target" in IGNORED
-    clip = [name for rule in clip_rules(Fti4cirConfig.paper()) for name in rule.targets]
-    assert sorted(clip + targets) == sorted(paper_shapes())
+    whole, _ = inversion.original(Fti4cirConfig.paper())
+    assert sorted(name for rule in whole for name in rule.targets) == sorted(paper_shapes())
 
 
 def test_a_state_dict_comes_back_as_it_was():

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from flax.serialization import to_bytes
 from safetensors.numpy import save
 from torch_writer import Call, New, Writer, pickled, safetensors, zipped
 
@@ -78,6 +79,7 @@ def originals():
     made["numpy"] = zipped({"a/data.pkl": pickle.dumps([arrays, arrays["c"]], 4)})
     tensors = {"a": np.ones((3, 4), np.float32), "b": np.zeros((), np.int64), "c": np.ones(5) > 0}
     made["safetensors"] = save(tensors, {"format": "pt"})
+    made["flax"] = pickle.dumps(to_bytes({"params": {"x": tensors, "y": {"z": tensors["a"]}}}))
     names = {"weight_map": {"a": "1.bin", "b": "1.bin"}, "metadata": {"total_size": 8}}
     made["sharded"] = json.dumps(names).encode()
     return made

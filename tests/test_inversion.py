@@ -11,7 +11,7 @@ import pytest
 from flax import nnx, traverse_util
 
 from cir_jax.checkpoint import abstract_params
-from cir_jax.conversion.fti4cir import clip_rules, phi_rules, pic2word_rules
+from cir_jax.conversion.inversion import original, phi_rules, pic2word_rules
 from cir_jax.data.emoji import VOCABULARY
 from cir_jax.data.images import ImageSpec, crop, prepare
 from cir_jax.data.inputs import Inputs
@@ -90,8 +90,8 @@ def test_phi_has_the_published_shapes(config, size, embed):
     own = {name: shape for name, shape in shapes.items() if not name.startswith("clip/")}
     found = {rule.source: rule.source_shape(own) for rule in phi_rules()}
     assert found == golden.phi_shapes("", embed, 4 * embed, embed)
-    targets = [t for rule in (*phi_rules(), *clip_rules(config.paper(size))) for t in rule.targets]
-    assert sorted(targets) == sorted(shapes)
+    whole, _ = original(config.paper(size))
+    assert sorted(target for rule in whole for target in rule.targets) == sorted(shapes)
 
 
 def test_im2text_has_the_published_shapes():
@@ -408,6 +408,28 @@ def test_an_item_has_an_empty_text():
     np.testing.assert_array_equal(alone, item)
     other, *_ = applied("magiclens", compute, images(), ids(*["red"] * 4))
     assert np.abs(other - item).max() > 1e-3
+
+
+def test_an_id_of_zero_may_be_hidden():
+    """Within a text, too: what its word is then does not matter."""
+    shown = np.insert(ids("red"), 2, 0, axis=1)[:, :16]
+    assert 0 in shown[0, : shown[0].argmax()]
+
+    def compute(method, shown):
+        table = method.clip.text.embedding[...]
+        words = table[shown], table.at[0].set(1.0)[shown]
+        return [[method.clip.text(shown, x, hidden=n) for x in words] for n in (0, 1)]
+
+    hidden, visible = applied("magiclens", compute, shown)
+    np.testing.assert_array_equal(*hidden)
+    assert np.abs(visible[0] - visible[1]).max() > 1e-3
+    found = []
+    for hide in (True, False):
+        config = dataclasses.replace(MagicLensConfig.tiny(INPUTS), remat=False, hide_id_zero=hide)
+        graph, _ = abstract_params(config)
+        query = jax.jit(lambda params, x, graph=graph: nnx.merge(graph, params).query(x))
+        found.append(query(tiny("magiclens")[1], {"image": images(1), "text": shown}))
+    assert np.abs(found[0] - found[1]).max() > 1e-5
 
 
 def test_pictures_scaled_by_their_brightest_value():

@@ -13,6 +13,7 @@ import zipfile
 import ml_dtypes
 import numpy as np
 import pytest
+from flax.serialization import to_bytes
 from safetensors.numpy import save
 from torch_writer import Call, Global, New, Raw, Stored, Writer, pickled, safetensors, zipped
 
@@ -569,7 +570,7 @@ print(total, (peak() - before) * 1024)
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux to see the peak")
-@pytest.mark.parametrize("layout", ["torch zip", "torch legacy", "safetensors"])
+@pytest.mark.parametrize("layout", ["torch zip", "torch legacy", "safetensors", "flax"])
 def test_one_tensor_at_a_time_in_memory(tmp_path, layout):
     """288 MB in 12 tensors: reading them all costs no more memory than reading the first."""
     path = tmp_path / "large"
@@ -586,6 +587,9 @@ def large_file(path, layout, count, size):
     if layout == "safetensors":
         header = {f"t{i}": entry(ones.shape, i * size, (i + 1) * size) for i in range(count)}
         pieces = [safetensors(header, b""), *[ones] * count]
+    elif layout == "flax":
+        whole = to_bytes({f"t{i}": ones for i in range(count)})
+        pieces = [pickle.dumps(whole)]
     else:
         writer = Writer()
         value = {f"t{i}": writer.tensor(ones) for i in range(count)}

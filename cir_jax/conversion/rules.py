@@ -10,7 +10,7 @@ import hashlib
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -31,17 +31,21 @@ FLOATS = ("float32", "float16", "bfloat16", "float64")
 class Change:
     """What happens to a source tensor: cut into `parts` along its first axis, then the `axes` of each permuted.
 
-    `ones` axes of length one in front of all others are dropped before. In this form a change has one inverse, and says
-    what shape it expects.
+    `ones` axes of length one in front of all others are dropped before, and with `heads` = (n, count) the axes n, of
+    that many heads, and n + 1 are made one. In this form a change has one inverse, and says what shape it expects.
     """
 
     parts: int = 1
     axes: tuple[int, ...] | None = None
     ones: int = 0
+    heads: tuple[int, int] | None = None
 
     def forward(self, x: np.ndarray) -> list[np.ndarray]:
         """The arrays for the targets of a rule, as views."""
         x = x.reshape(x.shape[self.ones :])
+        if self.heads:
+            axis = self.heads[0]
+            x = x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
         return [self._turned(part) for part in np.split(x, self.parts)] if x.ndim else [x]
 
     def _turned(self, x):
@@ -51,7 +55,7 @@ class Change:
         """The source tensor of what `forward` gave."""
         turned = [self._turned_back(part) for part in parts]
         whole = turned[0] if len(turned) == 1 else np.concatenate(turned)
-        return whole.reshape((1,) * self.ones + whole.shape)
+        return whole.reshape((1,) * self.ones + self._with_heads(whole.shape))
 
     def _turned_back(self, x):
         return x if self.axes is None else x.transpose(np.argsort(self.axes))
@@ -62,7 +66,13 @@ class Change:
             target if self.axes is None else tuple(int(target[i]) for i in np.argsort(self.axes))
         )
         shape = (self.parts * shape[0], *shape[1:]) if self.parts > 1 else tuple(shape)
-        return (1,) * self.ones + shape
+        return (1,) * self.ones + self._with_heads(shape)
+
+    def _with_heads(self, shape: Shape) -> Shape:
+        if self.heads is None:
+            return shape
+        axis, count = self.heads
+        return (*shape[:axis], count, shape[axis] // count, *shape[axis + 1 :])
 
 
 SAME = Change()
@@ -121,6 +131,16 @@ def norm(
         rule(f"{source}.{names[0]}", f"{target}/scale", SAME, first),
         rule(f"{source}.{names[1]}", f"{target}/bias", SAME, first),
     ]
+
+
+def within(rules: Sequence[Rule], source: str = "", target: str = "") -> tuple[Rule, ...]:
+    """A table whose names of sources and of targets lie behind prefixes."""
+    return tuple(
+        replace(
+            each, source=source + each.source, targets=tuple(target + name for name in each.targets)
+        )
+        for each in rules
+    )
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
 """Published weights on disk as named tensors, whatever program wrote them.
 
 A file is recognised by its content: safetensors, the zip and the older stream of `torch.save`, TorchScript archives,
-and folders as Hugging Face and open_clip publish them, in one file or in shards. Nothing of a file is executed
-(`pickles.py`), and a tensor is read when it is asked for, so that a conversion holds one at a time. safetensors is read
-by the few lines below and not by its package: that one maps the file into memory (see `torch_files.py`).
+what flax writes, and folders as Hugging Face and open_clip publish them, in one file or in shards. Nothing of a file is
+executed (`pickles.py`), and a tensor is read when it is asked for, so that a conversion holds one at a time.
+safetensors is read by the few lines below and not by its package: that one maps the file into memory (see
+`torch_files.py`).
 """
 
 import functools
@@ -20,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from cir_jax.conversion.flax_files import begins_dictionary, pickled_bytes, read_flax
 from cir_jax.conversion.pickles import (
     DTYPES,
     Array,
@@ -108,7 +110,7 @@ class Source:
       config: the config.json beside the weights, or None.
       facts: plain values that lay beside the tensors: numbers, texts, lists, dictionaries, by dotted name. Of arguments
         that argparse parsed it is a dictionary.
-      layout: "safetensors", "torch zip", "torchscript", "torch legacy" or "hugging face folder".
+      layout: "safetensors", "torch zip", "torchscript", "torch legacy", "flax" or "hugging face folder".
       left_out: groups of tensors that were not taken, an optimizer's say -> how many.
       files: what was read, for `sha256`.
     """
@@ -264,16 +266,33 @@ def _open_file(path: Path, part: str | None) -> Source:
         # First, because the number a safetensors file begins with may look like any of the others.
         if start[8:9] == b"{" and not any(start[5:8]):
             records, facts = _safetensors(file)
-            if part not in (None, "*"):
-                raise ValueError(f"has no part {shown(part)}: safetensors has no parts")
+            _refuse_part(part, "safetensors")
             return Source(Tensors(records), None, facts, "safetensors", {}, (path,))
         if start[:4] == ZIP:
             return _chosen(*read_zip(file), file, part)
+        if start[:1] == PICKLE and (place := pickled_bytes(file)):
+            return _flax(file, *place, part)
         if start[:1] == PICKLE:
             return _chosen(read_stream(file), "torch legacy", file, part)
+        if begins_dictionary(start):
+            return _flax(file, 0, file.size, part)
         raise ValueError(_unknown(start))
     except ValueError as error:
         raise ValueError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
+
+
+def _refuse_part(part: str | None, layout: str) -> None:
+    if part not in (None, "*"):
+        raise ValueError(f"has no part {shown(part)}: {layout} has no parts")
+
+
+def _flax(file: Bytes, start: int, stop: int, part: str | None) -> Source:
+    """The arrays that flax wrote, the names of the dictionaries they lie in joined by dots."""
+    _refuse_part(part, "flax")
+    gathered = Gathered(iter(range(MOST_VISITS))).add("", read_flax(file, start, stop))
+    if not gathered.tensors:
+        raise ValueError("holds no tensors")
+    return Source(Tensors(gathered.tensors), None, {}, "flax", {}, (file.path,))
 
 
 def _unknown(start: bytes) -> str:
@@ -281,7 +300,9 @@ def _unknown(start: bytes) -> str:
         if start.startswith(beginning):
             return f"is {what}"
     begins = f"begins with {start[:8]!r}" if start else "is empty"
-    return f"{begins}; expected safetensors, a file of torch.save or a TorchScript archive"
+    return (
+        f"{begins}; expected safetensors, a file of torch.save or of flax, or a TorchScript archive"
+    )
 
 
 # safetensors: the length of a header, the header in JSON, and bytes.

@@ -146,13 +146,20 @@ class ClipText(nnx.Module):
         self.ln_final = layer_norm(width, rngs, epsilon)
         self.project = Linear(width, embed, std=width**-0.5, bias=False, dtype=dtype, rngs=rngs)
 
-    def __call__(self, ids: jax.Array, words: jax.Array | None = None) -> jax.Array:
-        """`words` `[B, L, width]`, if given, are read in place of the ids' own embeddings (pseudo-words)."""
+    def __call__(
+        self, ids: jax.Array, words: jax.Array | None = None, hidden: int | None = None
+    ) -> jax.Array:
+        """`words` `[B, L, width]`, if given, are read in place of the ids' own embeddings (pseudo-words).
+
+        No place sees those of the id `hidden`.
+        """
         length = ids.shape[1]
         words = self.embedding[...][ids] if words is None else words
         x = words + self.positions[...][:length]
-        causal = jnp.tril(jnp.ones((length, length), bool))
-        x = self.ln_final(run(self.blocks, x, causal, remat=self.remat))
+        seen = jnp.tril(jnp.ones((length, length), bool))
+        if hidden is not None:
+            seen &= (ids != hidden)[:, None, None]
+        x = self.ln_final(run(self.blocks, x, seen, remat=self.remat))
         # The end token has the largest id; padding behind it is invisible to it under the causal mask.
         last = jnp.argmax(ids, axis=1)
         return self.project(jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0])

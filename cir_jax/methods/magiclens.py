@@ -29,10 +29,14 @@ SOFTPLUS = 1.442695041
 
 @dataclass(frozen=True)
 class MagicLensConfig(ClipConfig):
-    """CLIP and what fuses its features; `fusion_heads` also in the pooling, whose heads are four times as wide."""
+    """CLIP and what fuses its features; `fusion_heads` also in the pooling, whose heads are four times as wide.
+
+    With `hide_id_zero` no word of a text sees the id 0: padding and, in CLIP's vocabulary, a "!" before another sign.
+    """
 
     fusion_layers: int = 4
     fusion_heads: int = 8
+    hide_id_zero: bool = False
 
     @classmethod
     def tiny(cls, inputs: Inputs) -> "MagicLensConfig":
@@ -46,11 +50,14 @@ class MagicLensConfig(ClipConfig):
     def paper(cls, size: Literal["base", "large"] = "large") -> "MagicLensConfig":
         """The published sizes, with their picture transform.
 
-        Original: data_utils.py, divides a picture by its largest value instead of 255.
+        Original: data_utils.py, divides a picture by its largest value instead of 255; Scenic's text tower takes
+        the id 0 for padding wherever it stands.
         """
         image = ImageSpec(resize="squash", filter="bilinear", scale_by_brightest=True)
         clip, heads = {"base": ("B/16", 8), "large": ("L/14", 16)}[size]
-        return cls(**OPENAI_VITS[clip], inputs=Inputs(image=image), fusion_heads=heads)
+        return cls(
+            **OPENAI_VITS[clip], inputs=Inputs(image=image), fusion_heads=heads, hide_id_zero=True
+        )
 
 
 class ShiftedNorm(nnx.Module):
@@ -159,7 +166,8 @@ class MagicLens(nnx.Module):
         image = self.clip.image(images)
         if text is None:  # the same for all rows, so read once
             text = joined([self.words("")], self.words, self.config.text.length).ids
-        text = jnp.broadcast_to(self.clip.text(text), image.shape)
+        hidden = 0 if self.config.hide_id_zero else None
+        text = jnp.broadcast_to(self.clip.text(text, hidden=hidden), image.shape)
         return self.fusion(jnp.stack([image, text], axis=1))
 
     def loss(self, batch, key) -> tuple[jax.Array, dict[str, jax.Array]]:
