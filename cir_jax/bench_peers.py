@@ -87,12 +87,16 @@ def blip_image():
 
 def beit3_image():
     """BEiT-3 base's picture expert: `[B, 3, 224, 224]` -> all tokens `[B, 197, 768]`."""
-    model = _vit(epsilon=1e-5, inner_norms=True)
+    model = _vit(epsilon=1e-5, inner_norms=True, unread=2)
     return model, lambda batch: model(batch["image"])
 
 
-def _vit(epsilon: float, inner_norms: bool, width: int = 768, layers: int = 12, patch: int = 16):
-    """A pre-norm vision transformer; `inner_norms` are BEiT-3's, in front of both output layers of a block."""
+def _vit(epsilon: float, inner_norms: bool, unread: int = 0):
+    """A pre-norm ViT-B/16.
+
+    `inner_norms` are BEiT-3's, in front of both output layers of a block; `unread` its first rows of positions.
+    """
+    width, layers, patch = 768, 12, 16
     nn, functional = library("torch").nn, library("torch").nn.functional
     norm = lambda width: nn.LayerNorm(width, eps=epsilon)
     inner = norm if inner_norms else lambda width: nn.Identity()
@@ -125,13 +129,13 @@ def _vit(epsilon: float, inner_norms: bool, width: int = 768, layers: int = 12, 
             super().__init__()
             self.cut = nn.Conv2d(3, width, patch, patch)
             self.class_token = _small(1, 1, width)
-            self.positions = _small(1, (224 // patch) ** 2 + 1, width)
+            self.positions = _small(1, unread + (224 // patch) ** 2 + 1, width)
             self.blocks = nn.Sequential(*(Block() for _ in range(layers)), norm(width))
 
         def forward(self, images):
             x = self.cut(images).flatten(2).transpose(1, 2)
             x = library("torch").cat([self.class_token.expand(len(x), -1, -1), x], 1)
-            return self.blocks(x + self.positions)
+            return self.blocks(x + self.positions[:, unread:])
 
     return Vit()
 
