@@ -66,6 +66,11 @@ def test_a_training_step_moves_every_parameter_down(small):
     assert all("key" in jax.tree_util.keystr(path) for path in still)
 
 
+def test_counts_begin_at_one():
+    with pytest.raises(ValueError, match="--batch is 0; it must be at least 1"):
+        bench.Encode(batch=0)
+
+
 def test_sides_take_turns_and_the_first_turn_does_not_count():
     order = []
     seconds = bench_encode._taking_turns([lambda: order.append("a"), lambda: order.append("b")], 3)
@@ -88,7 +93,6 @@ def test_the_table_marks_what_misses_its_goal(capsys):
     ("arguments", "expected"),
     [
         (["encode"], "pip install 'cir_jax[bench]' torch==2.13.0"),
-        (["encode", "--batch", "0"], "--batch is 0; it must be at least 1"),
         (["encode", "--output", "{folder}/none/x.json"], "none"),
     ],
 )
