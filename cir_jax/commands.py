@@ -17,6 +17,7 @@ COMMANDS = {
     "embed": "turn a gallery of pictures into vectors on disk",
     "index": "build a search index from vectors",
     "search": "search an index with a text, a picture or a document, in one stage or two",
+    "bench": "measure speed and memory beside PyTorch (needs the extra [bench])",
 }
 DISTRIBUTED = ("train",)
 # Seen by a shell as after the default action of the signal: 128 and its number.

@@ -20,6 +20,7 @@ RULES = (
     (r".*/(query|key|value|up|merge)/kernel", P("fsdp", "tensor")),
     (r".*/(out|down)/kernel", P("tensor", "fsdp")),
     (r".*/embedding", P("tensor", "fsdp")),
+    (r".*/(conv\d|stem\d?|shortcut)/kernel", P("fsdp")),  # channels that come out
     (r".*", P()),
 )
 

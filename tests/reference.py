@@ -8,13 +8,13 @@ import pytest
 
 @functools.cache
 def library(name: str):
-    """`torch`, `transformers` or `open_clip`; a test without it is skipped, which `.ci/run` counts as a failure.
+    """`torch`, `transformers` or another by its name; a test without it is skipped, which `.ci/run` counts as a failure.
 
     The published wheel of torchvision is built for GPUs and asks for operators that the CPU build of torch lacks; where
     it is broken, `transformers` and `open_clip` break too. Two of them are declared, and nothing here calls them.
     """
     if importlib.util.find_spec(name) is None:
-        pytest.skip(f"{name} is not installed; pip install '.[parity]' torch==2.13.0")
+        pytest.skip(f"{name} is not installed; .ci/run shows what parity tests need")
     _declared()
     return importlib.import_module(name)
 

@@ -16,8 +16,11 @@ ONLY_IN = {  # library -> the one file that knows it
     "scann": "scann_index.py",
     "grain": "data/pipeline.py",
     "PIL": "data/images.py",
+    # What is compared with; imported as importlib allows, too.
+    "torch": "bench_peers.py",
 }
-NEVER = {"torch", "tensorflow", "transformers", "cv2"}
+NEVER = {"tensorflow", "transformers", "torchvision", "cv2"}
+PEERS = {"cir_jax.bench_peers", "cir_jax.bench_encode"}  # known to the command `bench` alone
 FORBIDDEN = {  # part of the package -> parts it must not know
     "encoders": {"methods", "data", "train", "eval", "model", "checkpoint", "config", "sharding"},
     "methods": {"train", "eval", "model", "checkpoint", "sharding", "index", "retrieval"},
@@ -56,6 +59,13 @@ def test_arrows_point_one_way(path):
     part = name(path).split("/")[0]
     known = {d.split(".")[1] for d in imported(path) if d.startswith("cir_jax.")}
     assert not known & FORBIDDEN.get(part, set())
+
+
+def test_only_the_benchmark_knows_pytorch():
+    knows = {
+        name(path) for path in FILES if any(d.startswith(tuple(PEERS)) for d in imported(path))
+    }
+    assert knows == {"bench.py", "bench_encode.py"}
 
 
 def test_nothing_imports_a_builder():

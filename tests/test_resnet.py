@@ -13,7 +13,7 @@ from test_methods import INPUTS, made, training_batch
 from cir_jax import optim
 from cir_jax.checkpoint import abstract_params
 from cir_jax.encoders.clip import VisionConfig
-from cir_jax.encoders.resnet import ResnetConfig, pooled
+from cir_jax.encoders.resnet import ResnetConfig, grouped, plain, pooled
 from cir_jax.methods.clip import Clip, ClipConfig
 from cir_jax.typed import from_json, to_json
 
@@ -93,3 +93,18 @@ def test_pooling_cuts_what_is_left_over():
     assert y.shape == (2, 2, 2, 1)
     assert float(y[0, 0, 0, 0]) == (0 + 1 + 4 + 5) / 4
     assert pooled(x, 1) is x
+
+
+@pytest.mark.parametrize("stride, side", [(1, 3), (2, 3), (2, 1)])
+def test_gradients_of_a_grouped_convolution_are_those_of_the_plain_one(stride, side):
+    draw = np.random.default_rng(0)
+    x = draw.standard_normal((2, 5, 6, 8)).astype(np.float32)
+    kernel = draw.standard_normal((side, side, 2, 12)).astype(np.float32)
+    weights = draw.standard_normal(plain(x, kernel, stride, 4, "float32").shape)
+
+    def gradients(convolve):
+        value = lambda x, kernel: (weights * convolve(x, kernel, stride, 4, "float32")).sum()
+        return jax.grad(value, (0, 1))(x, kernel)
+
+    for found, expected in zip(gradients(grouped), gradients(plain)):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
