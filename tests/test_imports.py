@@ -16,6 +16,7 @@ ONLY_IN = {  # library -> the one file that knows it
     "scann": "scann_index.py",
     "grain": "data/pipeline.py",
     "PIL": "data/images.py",
+    "tensorflow_datasets": "data/packed.py",
 }
 NEVER = {"torch", "tensorflow", "transformers", "cv2"}
 FORBIDDEN = {  # part of the package -> parts it must not know
