@@ -136,11 +136,13 @@ def crop(image: Source, spec: ImageSpec) -> np.ndarray:
 
 def prepare(image: Source, spec: ImageSpec) -> np.ndarray:
     """The normalised square, `[size, size, 3]` float32; the operations and their order are torchvision's."""
-    values = crop(image, spec).astype(np.float32)
+    pixels = crop(image, spec)
+    # A row of a picture at a time: numpy is five times slower over an axis of three.
+    values = pixels.reshape(spec.size, -1).astype(np.float32)
     values /= np.float32(max(values.max(), 1) if spec.scale_by_brightest else 255)
-    values -= np.asarray(spec.mean, np.float32)
-    values /= np.asarray(spec.std, np.float32)
-    return values
+    values -= np.tile(np.asarray(spec.mean, np.float32), spec.size)
+    values /= np.tile(np.asarray(spec.std, np.float32), spec.size)
+    return values.reshape(pixels.shape)
 
 
 def data_uri(image: Source, longest: int = 256) -> str:
