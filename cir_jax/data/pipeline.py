@@ -5,7 +5,11 @@ or workers made it, so a run resumes exactly at any step.
 """
 
 import contextlib
+import functools
 import os
+import signal
+import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 
 import grain
@@ -116,7 +120,20 @@ def _ahead(dataset: grain.MapDataset, buffer: int, workers: int = 0) -> grain.It
         flags.FLAGS.mark_as_parsed()
     per_worker = max(1, buffer // workers)
     elements = dataset.to_iter_dataset(grain.ReadOptions(1, per_worker))
-    return elements.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker))
+    options = grain.MultiprocessingOptions(workers, per_worker)
+    return elements.mp_prefetch(options, worker_init_fn=functools.partial(_attend, os.getpid()))
+
+
+def _attend(program: int, worker: int, workers: int) -> None:
+    """End a worker process with its program, and only then: Ctrl-C reaches both, and the program ends its workers."""
+
+    def watch():
+        while os.getppid() == program:
+            time.sleep(1)
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _joined(batch: Mapping) -> dict:
