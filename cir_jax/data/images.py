@@ -157,6 +157,13 @@ def data_uri(image: Source, longest: int = 256) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}"
 
 
+def jpeg(pixels: np.ndarray, quality: int = 90) -> bytes:
+    """The JPEG file of a picture `[H, W, 3]` uint8."""
+    data = io.BytesIO()
+    open_image(pixels).save(data, "jpeg", quality=quality)
+    return data.getvalue()
+
+
 def _one_of(name, value, choices):
     if value not in choices:
         raise ValueError(f"image {name} is {value!r}; expected one of {', '.join(choices)}")
