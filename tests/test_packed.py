@@ -17,6 +17,7 @@ from PIL import Image
 from cir_jax import files
 from cir_jax.config import Data
 from cir_jax.data import named_benchmark, open_benchmark, own, packed, parts_of, training_set
+from cir_jax.data.benchmark import Benchmark
 from cir_jax.data.images import ImageSpec
 from cir_jax.data.inputs import Inputs
 from cir_jax.data.packed import Packed, Part, pack
@@ -327,3 +328,13 @@ def test_a_check_reports_everything_at_once(tmp_path):
     assert "note: benchmark own/all, item: the same picture is g/ok.jpg, g/same.jpg" in text
     assert b"faults, listed above" in done.stderr
     assert not os.path.exists(tmp_path / "packed")
+
+
+def test_a_benchmark_without_queries_or_with_one_id_twice_is_inconsistent():
+    item, query = {"image": b"", "id": "a"}, {"text": "x"}
+    with pytest.raises(
+        ValueError, match=r"x/y/z is inconsistent:\n  0 queries and 1 gallery items"
+    ):
+        Benchmark("x", "y", "z", [], [item], ["a"], [])
+    with pytest.raises(ValueError, match=r"1 ids belong to several gallery items: \['a'\]"):
+        Benchmark("x", "y", "z", [query], [item, item], ["a", "a"], [{0: 1.0}])

@@ -111,7 +111,7 @@ def test_a_batch_ends_where_the_parts_change():
     [(0, {}), (3, {"processes": 3}), (3, {"pad": False, "processes": 2})],
 )
 def test_what_cannot_be_shared_is_refused(count, options):
-    with pytest.raises(ValueError, match="examples in batches of 4 for|are padded"):
+    with pytest.raises(ValueError, match=r"examples in batches of 4 for|are padded"):
         next(eval_batches(Asked(count), INPUTS, 4, **options))
 
 
