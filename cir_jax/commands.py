@@ -12,6 +12,7 @@ from cir_jax.stopping import Terminated, asked, stoppable
 
 COMMANDS = {
     "eval": "evaluate retrieval on benchmarks: table, report with pictures, results.json, ranks",
+    "data": "pack a data set into few large files, or report everything that is wrong with it",
     "train": "train a model from a config",
     "convert": "turn a checkpoint of PyTorch or Hugging Face into one of ours, and back",
     "embed": "turn a gallery of pictures into vectors on disk",
@@ -59,7 +60,10 @@ def start(name: str) -> None:
             if name not in DISTRIBUTED and processes.count() > 1:
                 alone = ", ".join(DISTRIBUTED)
                 raise ValueError(f"{name} runs as one process; several compute together in {alone}")
-            importlib.import_module(f"cir_jax.{name}").main()
+            module = importlib.import_module(f"cir_jax.{name}")
+            if hasattr(module, "__path__"):  # a package is run by its __main__
+                module = importlib.import_module(f"cir_jax.{name}.__main__")
+            module.main()
             print(end="", flush=True)
     except KeyboardInterrupt as stop:
         end_stopped(type(stop))

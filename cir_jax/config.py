@@ -54,7 +54,8 @@ class Train:
     """Length and rhythm of a run, in steps.
 
     `batch_size` is the global batch over all processes and devices. `limit` takes only the first rows of each training
-    set, for a quick try; 0 takes all.
+    set, for a quick try; 0 takes all. `workers` are the processes that prepare examples for each training set, each with
+    a copy of it; 0 prepares in threads of this process, which is as fast until its Python is what takes longest.
     """
 
     steps: int
@@ -66,6 +67,7 @@ class Train:
     augment: bool = True
     export_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     limit: int = 0
+    workers: int = 0
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ MADE_BY = {
     "vectors": "python -m cir_jax.embed",
     "index": "python -m cir_jax.index",
     "checkpoint": "python -m cir_jax.train",
+    "dataset": "python -m cir_jax.data",
 }
 
 
@@ -68,6 +69,7 @@ IS = {
     "texts by name": lambda x: type(x) is dict and all(type(v) is str for v in x.values()),
     "float32 or float16": lambda x: x in ("float32", "float16"),
     "float32, float16 or bfloat16": lambda x: x in ("float32", "float16", "bfloat16"),
+    "training, benchmark or gallery": lambda x: x in ("training", "benchmark", "gallery"),
     "exact or scann": lambda x: x in ("exact", "scann"),
 }
 # Fields of each kind of manifest beside `format` and `kind`; [x] is a list of x. More fields are no fault.
@@ -109,6 +111,21 @@ FIELDS = {
         "fingerprint": "text",
         "about": "an object",
         "sums": "SHA-256 sums by file",
+    },
+    "dataset": {
+        "name": "text",
+        "rows": "a whole number from 0 on",
+        "pictures": "a whole number from 0 on",
+        "parts": [
+            {
+                "kind": "training, benchmark or gallery",
+                "variant": "text",
+                "split": "text",
+                "splits": ["text"],
+                "header": "a file inside the folder",
+            }
+        ],
+        "files": "SHA-256 sums by file",
     },
 }
 # Fields that a manifest may lack.
@@ -310,7 +327,7 @@ def _refuse_constant(name: str) -> None:
 
 
 def read_manifest(folder: str | os.PathLike, kind: str) -> dict[str, Any]:
-    """The manifest of an artefact folder of this `kind` ("vectors", "index" or "checkpoint").
+    """The manifest of an artefact folder of this `kind`, a key of `FIELDS`.
 
     FileNotFoundError if the folder or its manifest is missing; ValueError for another kind or a newer format, and one
     that lists every field that is missing or is not what `FIELDS` says, so that callers may trust what they get.

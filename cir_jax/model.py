@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 
 from cir_jax import sharding
 from cir_jax.checkpoint import read_model
-from cir_jax.data.inputs import prepare_batch, shorten
+from cir_jax.data.inputs import shorten
 from cir_jax.memory import halved_once
 from cir_jax.methods import kinds, reranks
 
@@ -255,22 +255,32 @@ def as_example(part: str, value, kinds: Sequence[set[str]], model: str = "") -> 
     return example
 
 
-def _batches(part, examples, batch_size, model):
-    """(rows, arrays) of examples that have the same parts, at most `batch_size` at a time.
+class _Examples:
+    """Raw examples as the mappings that a side of a method reads; made when they are read."""
 
-    Examples are read once, in order; those of another kind than the current batch start the next one.
+    def __init__(self, part: str, examples: Sequence, model: "Model"):
+        self.part, self.examples, self.model = part, examples, model
+        self.kinds = kinds(model.config, part)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, row: int) -> Mapping:
+        return as_example(self.part, self.examples[row], self.kinds, self.model.name)
+
+
+def _batches(part, examples, batch_size, model) -> Iterator[tuple[np.ndarray, dict]]:
+    """(rows, arrays) of examples that have the same parts, in their order, at most `batch_size` at a time.
+
+    Threads prepare the next ones meanwhile.
     """
-    config = model.config
-    rows, waiting = [], []
-    for row in range(len(examples)):
-        example = as_example(part, examples[row], kinds(config, part), model.name)
-        if waiting and (len(waiting) == batch_size or waiting[0].keys() != example.keys()):
-            yield rows, prepare_batch(waiting, config.inputs)
-            rows, waiting = [], []
-        rows.append(row)
-        waiting.append(example)
-    if waiting:
-        yield rows, prepare_batch(waiting, config.inputs)
+    from cir_jax.data.pipeline import eval_batches
+
+    if not len(examples):
+        return
+    asked = _Examples(part, examples, model)
+    for batch in eval_batches(asked, model.config.inputs, batch_size, pad=False):
+        yield batch.pop("row"), batch
 
 
 def find_model(name: str | os.PathLike) -> Path:

@@ -108,6 +108,7 @@ LEAST = {  # field -> the smallest value it may have
     "train.save_every": 1,
     "train.eval_every": 1,
     "train.limit": 0,
+    "train.workers": 0,
     "optim.lr": 0,
     "optim.weight_decay": 0,
     "optim.warmup": 0,
@@ -314,8 +315,11 @@ def _train(config: Experiment, workdir: Path) -> Path:
         else:
             state = jax.jit(init, out_shardings=places)(jax.random.key(seed))
             state = warm_start(state, config)
-        batches = training_batches(config, first)
-        with progress("training", steps, first) as advance, named_if_full(config):
+        with (
+            contextlib.closing(training_batches(config, first)) as batches,
+            progress("training", steps, first) as advance,
+            named_if_full(config),
+        ):
             for number in range(first, steps):
                 state, metrics = step(
                     state, sharding.put_batch(next(batches), mesh), np.int32(number)
@@ -376,6 +380,7 @@ def training_batches(config: Experiment, start: int):
         process=jax.process_index(),
         processes=jax.process_count(),
         augmented=config.train.augment,
+        workers=config.train.workers,
     )
 
 
@@ -434,8 +439,14 @@ def prepare_workdir(config: Experiment, workdir: Path) -> None:
 
 
 def check_tables(config: Experiment, path: Path) -> None:
-    """Remember the checksums of own tables beside a run; ValueError if it was begun when they held something else."""
-    sums = {data.root: files.sha256(data.root) for data in config.data if os.path.isfile(data.root)}
+    """Remember the checksums of own tables and of packed data sets beside a run.
+
+    ValueError if it was begun when they held something else.
+    """
+    roots = [data.root for data in config.data]
+    # The manifest of a packed one has the checksums of the rest.
+    places = [(root, place) for root in roots for place in (root, f"{root}/{files.MANIFEST}")]
+    sums = {root: files.sha256(place) for root, place in places if root and os.path.isfile(place)}
     before = files.read_json(path) if path.exists() else {}
     changed = [root for root in sums if before.get(root, sums[root]) != sums[root]]
     if changed:

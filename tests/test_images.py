@@ -105,6 +105,26 @@ def test_every_kind_of_source_gives_the_same_picture(tmp_path):
         np.testing.assert_array_equal(np.asarray(open_image(source)), array)
 
 
+@pytest.mark.parametrize(
+    ("orientation", "turned"),
+    [
+        (1, lambda x: x),
+        (3, lambda x: x[::-1, ::-1]),
+        (6, lambda x: np.rot90(x, -1)),
+        (8, np.rot90),
+    ],
+)
+def test_the_orientation_of_a_camera_counts_where_the_spec_says_so(orientation, turned, tmp_path):
+    array = synthetic(40, 30)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(array).save(tmp_path / "x.png", exif=exif)
+    for upright, expected in ((False, array), (True, turned(array))):
+        spec = ImageSpec(size=24, upright=upright)
+        ours = crop(str(tmp_path / "x.png"), spec)
+        np.testing.assert_array_equal(ours, crop(np.ascontiguousarray(expected), spec))
+
+
 # ---- palettes and transparency ----
 
 

@@ -18,6 +18,7 @@ ONLY_IN = {  # library -> the one file that knows it
     "PIL": "data/images.py",
     # What is compared with; imported as importlib allows, too.
     "torch": "bench_peers.py",
+    "tensorflow_datasets": "data/packed.py",
 }
 NEVER = {"tensorflow", "transformers", "torchvision", "cv2"}
 PEERS = {"cir_jax.bench_peers", "cir_jax.bench_encode"}  # known to the command `bench` alone

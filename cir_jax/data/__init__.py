@@ -2,13 +2,15 @@
 
 import dataclasses
 import difflib
+import functools
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from cir_jax.data import emoji, own
+from cir_jax.data import emoji, own, packed
 from cir_jax.data.benchmark import Benchmark, Dataset, limited
+from cir_jax.data.records import open_gallery
 
 if TYPE_CHECKING:
     from cir_jax.config import Data
@@ -30,6 +32,18 @@ BENCHMARKS: dict[str, Callable[..., Benchmark]] = {
     "emoji-documents": emoji.document_benchmark,
 }
 
+# name -> VARIANT/SPLIT of the training sets and of the benchmarks that `python -m cir_jax.data NAME` packs
+_STYLES = [f"{style}/{split}" for style in emoji.STYLES for split in ("val", "test")]
+PARTS = {
+    "emoji-text": (("both/train",), _STYLES),
+    "emoji-composed": (("both/train",), _STYLES),
+    "emoji-documents": (("both/train",), _STYLES),
+}
+FOLDERS = (
+    "benchmark",
+    "gallery",
+)  # what `python -m cir_jax.data` calls data of one's own beside `TABLES`
+
 
 def training_set(data: "Data") -> Dataset:
     """The raw pairs that one entry of `Experiment.data` names.
@@ -39,6 +53,9 @@ def training_set(data: "Data") -> Dataset:
         one's own without its path, or one that cannot be read (`cir_jax.data.own`).
     """
     make = _known("data set", data.name, DATASETS | TABLES)
+    if data.root and packed.is_packed(data.root):
+        part = (own.VARIANT, own.SPLIT) if data.name in TABLES else (data.variant, data.split)
+        return packed.Packed(data.root).training(data.name, *part)
     if data.name in TABLES:
         return make(_table_of(data))
     if data.root:
@@ -85,14 +102,18 @@ def named_benchmark(name: str) -> Benchmark:
     Args:
       name: `name/variant/split` of a registered one, or the folder of one's own (`own.benchmark`).
         A variant may end in `-first30` (`limited`); for a folder `FOLDER/own-first30/all` says so,
-        which is what joining name, variant and split of its benchmark gives.
+        which is what joining name, variant and split of its benchmark gives. Of a packed data set
+        `PACKED/variant/split`, or its folder where it was packed from a folder.
 
     Raises:
       ValueError: neither; the message lists the known ones. And what these raise.
     """
     base, variant, split = benchmark_parts(name)
     full, first = _without_limit(variant)
-    benchmark = open_benchmark(base, full, split) if base in BENCHMARKS else own.benchmark(base)
+    if base not in BENCHMARKS and packed.is_packed(base):
+        benchmark = packed.Packed(base).benchmark(full, split)
+    else:
+        benchmark = open_benchmark(base, full, split) if base in BENCHMARKS else own.benchmark(base)
     return limited(benchmark, first) if first else benchmark
 
 
@@ -110,6 +131,8 @@ def benchmark_parts(name: str) -> tuple[str, str, str]:
     if os.path.isdir(name):
         return os.path.normpath(name), own.VARIANT, own.SPLIT
     base, *rest = name.rsplit("/", 2)
+    if len(rest) == 2 and packed.is_packed(base):
+        return base, *rest
     if len(rest) == 2 and rest[1] == own.SPLIT and _without_limit(rest[0])[0] == own.VARIANT:
         return base, *rest
     close = difflib.get_close_matches(name.partition("/")[0], BENCHMARKS, 1)
@@ -124,6 +147,60 @@ def _without_limit(variant: str) -> tuple[str, int]:
     """`noto`, 30 of `noto-first30`; 0 where nothing is limited."""
     match = re.fullmatch(r"(.*)-first([1-9]\d*)", variant)
     return (match[1], int(match[2])) if match else (variant, 0)
+
+
+def parts_of(
+    name: str,
+    root: str = "",
+    training: Sequence[str] | None = None,
+    benchmarks: Sequence[str] | None = None,
+) -> dict[packed.Part, Callable]:
+    """The parts of a data set, each with the function that opens it.
+
+    Args:
+      name: a key of `PARTS` or `TABLES`, or one of `FOLDERS`.
+      root: the raw data, or a packed data set.
+      training, benchmarks: which, as VARIANT/SPLIT; None for all that `PARTS` has.
+
+    Raises:
+      ValueError: an unknown name, a missing root, a part that is not VARIANT/SPLIT, or none at all.
+    """
+    if root and packed.is_packed(root):
+        found = packed.Packed(root)
+        return {part: functools.partial(found.open, part) for part in found.parts}
+    usual = _known("data set", name, PARTS | dict.fromkeys((*TABLES, *FOLDERS)))
+    if usual is None:
+        return {_own_part(name): functools.partial(_own, name, root)}
+    training = usual[0] if training is None else training
+    benchmarks = usual[1] if benchmarks is None else benchmarks
+    asked = [("training", each) for each in training] + [("benchmark", each) for each in benchmarks]
+    if not asked:
+        raise ValueError(f"nothing of {name} is asked for; name a training set or a benchmark")
+    for _, each in asked:
+        if each.count("/") != 1:
+            raise ValueError(f"a part is {each!r}; expected VARIANT/SPLIT, as noto/test")
+    parts = [packed.Part(kind, *each.split("/")) for kind, each in asked]
+    return {part: functools.partial(_registered, name, root, part) for part in parts}
+
+
+def _own_part(name) -> packed.Part:
+    kind = name if name in FOLDERS else "training"
+    return packed.Part(kind, own.VARIANT, own.SPLIT)
+
+
+def _own(name, root):
+    if not root:
+        raise ValueError(f"{name} needs a root; `python -m cir_jax.data --help` says which")
+    opener = {**TABLES, "benchmark": named_benchmark, "gallery": open_gallery}[name]
+    return opener(root)
+
+
+def _registered(name, root, part):
+    from cir_jax.config import Data
+
+    if part.kind == "training":
+        return training_set(Data(name, root=root, variant=part.variant, split=part.split))
+    return named_benchmark(f"{name}{f':{root}' if root else ''}/{part.variant}/{part.split}")
 
 
 def _known(what, name, table):

@@ -1,6 +1,7 @@
 """What a benchmark is: queries, a gallery, and which gallery rows answer which query."""
 
 import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -32,7 +33,8 @@ class Benchmark:
       metrics: what is reported, see `cir_jax.metrics`.
 
     Raises:
-      ValueError: lengths that do not match, or rows outside the gallery.
+      ValueError: no queries or no gallery, lengths that do not match, an id that two items have, or rows outside
+        the gallery.
     """
 
     name: str
@@ -48,7 +50,7 @@ class Benchmark:
     metrics: tuple[str, ...] = ("recall@1", "recall@5", "recall@10", "mrr")
 
     def __post_init__(self):
-        faults = [*_length_faults(self), *_row_faults(self)]
+        faults = [*_length_faults(self), *_id_faults(self), *_row_faults(self)]
         if faults:
             title = f"{self.name}/{self.variant}/{self.split} is inconsistent"
             raise ValueError(f"{title}:\n  " + "\n  ".join(faults))
@@ -56,6 +58,8 @@ class Benchmark:
 
 def _length_faults(benchmark):
     queries, items = len(benchmark.queries), len(benchmark.gallery)
+    if not queries or not items:
+        yield f"{queries} queries and {items} gallery items; expected some of both"
     if len(benchmark.ids) != items:
         yield f"{len(benchmark.ids)} ids for {items} gallery items"
     if len(benchmark.positives) != queries:
@@ -63,6 +67,12 @@ def _length_faults(benchmark):
     for field in ("exclude", "subset", "rules"):
         if len(getattr(benchmark, field)) not in (0, queries):
             yield f"{field} has {len(getattr(benchmark, field))} entries for {queries} queries"
+
+
+def _id_faults(benchmark):
+    again = [name for name, times in Counter(benchmark.ids).items() if times > 1]
+    if again:
+        yield f"{len(again)} ids belong to several gallery items: {again[:5]}"
 
 
 def _row_faults(benchmark):

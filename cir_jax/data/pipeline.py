@@ -1,9 +1,15 @@
-"""Training batches; the only file that imports Grain.
+"""Batches for training and for everything else; the only file that imports Grain.
 
-The step number is the whole state: batch `s` depends on the seed and on `s` alone, never on how many processes or
-threads made it, so a run resumes exactly at any step.
+The step number is the whole state: batch `s` depends on the seed and on `s` alone, never on how many processes, threads
+or workers made it, so a run resumes exactly at any step.
 """
 
+import contextlib
+import functools
+import os
+import signal
+import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 
 import grain
@@ -84,6 +90,7 @@ def _stream(
     process,
     processes,
     augmented,
+    workers,
 ):
     """Batches of one data set, from its own batch number `start` on."""
     transform = lambda raws, rng: _examples(raws, rng, inputs, augmented)
@@ -92,9 +99,41 @@ def _stream(
     blocks = blocks.shuffle().repeat(None).random_map(transform)
     size = batch_size // block
     part = grain.MapDataset.source(_Part(blocks, start, size, process, processes))
-    options = grain.ReadOptions(num_threads=4, prefetch_buffer_size=max(2, 256 // block))
-    batches = part.to_iter_dataset(options).batch(size // processes, drop_remainder=True)
-    return iter(batches.map(_joined))
+    elements = _ahead(part, max(2, 256 // block), workers)
+    return iter(elements.batch(size // processes, drop_remainder=True).map(_joined))
+
+
+def _ahead(dataset: grain.MapDataset, buffer: int, workers: int = 0) -> grain.IterDataset:
+    """The elements in their order, at most `buffer` of them made ahead, by threads or by worker processes.
+
+    A program that uses workers starts under `if __name__ == "__main__"`, because they import it.
+    """
+    threads = min(os.cpu_count() or 1, 16)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(buffer, threads))
+    elements = dataset.to_iter_dataset(options)
+    if not workers:
+        return elements
+    from absl import flags
+
+    # Grain asks absl for its flags, which only a program of absl's own has read.
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+    per_worker = max(1, buffer // workers)
+    elements = dataset.to_iter_dataset(grain.ReadOptions(1, per_worker))
+    options = grain.MultiprocessingOptions(workers, per_worker)
+    return elements.mp_prefetch(options, worker_init_fn=functools.partial(_attend, os.getpid()))
+
+
+def _attend(program: int, worker: int, workers: int) -> None:
+    """End a worker process with its program, and only then: Ctrl-C reaches both, and the program ends its workers."""
+
+    def watch():
+        while os.getppid() == program:
+            time.sleep(1)
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _joined(batch: Mapping) -> dict:
@@ -121,6 +160,7 @@ def train_batches(
     process: int = 0,
     processes: int = 1,
     augmented: bool = True,
+    workers: int = 0,
 ) -> Iterator[dict]:
     """Endless batches from step `start`: `{"query": {…}, "item": {…}}` with this process's rows.
 
@@ -129,6 +169,7 @@ def train_batches(
       weights: batches of each data set per round (`turns`).
       blocks: per data set, how many of its consecutive rows stay together in a batch; empty: one each.
       batch_size: rows of the global batch; must divide by `processes` times every block.
+      workers: processes that prepare the examples of each data set, 0 for threads; close the iterator to end them.
     """
     blocks = blocks or [1] * len(datasets)
     if min(blocks) < 1 or any(batch_size % (processes * block) for block in blocks):
@@ -155,10 +196,106 @@ def train_batches(
             process=process,
             processes=processes,
             augmented=augmented,
+            workers=workers,
         )
         for number, dataset in enumerate(datasets)
     ]
     step = start
-    while True:
-        yield next(streams[order[step % len(order)]])
-        step += 1
+    with contextlib.ExitStack() as opened:
+        for stream in streams:
+            opened.callback(stream.close)
+        while True:
+            yield next(streams[order[step % len(order)]])
+            step += 1
+
+
+# ---- evaluation ----
+
+CHUNK = 16  # rows that one thread prepares at a time
+
+
+class _Chunks:
+    """Rows of a data set, some at a time: `(rows, arrays)` of each run of examples with the same parts."""
+
+    def __init__(self, examples: Dataset, rows: Sequence[int], inputs: Inputs, size: int):
+        self.examples, self.rows, self.inputs, self.size = examples, rows, inputs, size
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // self.size)
+
+    def __getitem__(self, number: int) -> list[tuple[list[int], dict]]:
+        rows = self.rows[number * self.size : (number + 1) * self.size]
+        runs = []
+        for row in rows:
+            example = self.examples[min(row, len(self.examples) - 1)]
+            if not runs or runs[-1][1][0].keys() != example.keys():
+                runs.append(([], []))
+            runs[-1][0].append(row)
+            runs[-1][1].append(example)
+        return [(rows, prepare_batch(examples, self.inputs)) for rows, examples in runs]
+
+
+def eval_batches(
+    examples: Dataset,
+    inputs: Inputs,
+    batch_size: int,
+    *,
+    start: int = 0,
+    process: int = 0,
+    processes: int = 1,
+    pad: bool = True,
+    workers: int = 0,
+) -> Iterator[dict]:
+    """The batches of a data set in its order, from batch `start` on: `row` `[b]` int32 and the parts of the examples.
+
+    Args:
+      examples: queries or items with some of `image` and `text`, and nothing else.
+      batch_size: rows of the global batch; this process gets `b = batch_size / processes` of them, those after the rows
+        of the process before it.
+      pad: fill the last batch, with the last example, whose `row` is then -1, so that all batches have one shape; every
+        process has the same number of batches. Then all examples must have the same parts. Otherwise a batch ends
+        where the parts change.
+      workers: processes that prepare the examples, 0 for threads; close the iterator to end them.
+
+    Raises:
+      ValueError: no examples, a batch that the processes cannot share, parts that change.
+    """
+    count, share = len(examples), batch_size // processes
+    if not count or batch_size % processes or batch_size < 1:
+        raise ValueError(
+            f"{count} examples in batches of {batch_size} for {processes} processes; expected at least one, and a batch "
+            "that divides by the processes"
+        )
+    if not pad and processes > 1:
+        raise ValueError("batches that several processes share are padded")
+    firsts = range(start * batch_size + process * share, count + process * share, batch_size)
+    rows = [row for first in firsts for row in range(first, first + share)]
+    if not pad:
+        rows = range(start * batch_size, count)
+    chunks = grain.MapDataset.source(_Chunks(examples, rows, inputs, min(CHUNK, share)))
+    with contextlib.closing(iter(_ahead(chunks, 2 + 2 * share // CHUNK, workers))) as stream:
+        for rows, batch in _batches((run for runs in stream for run in runs), share):
+            if pad and len(rows) < share:
+                raise ValueError(f"the examples {rows[0]} to {rows[-1] + 1} differ in their parts")
+            numbers = np.array([row if row < count else -1 for row in rows], np.int32)
+            yield {"row": numbers, **batch}
+
+
+def _batches(runs: Iterator[tuple[list[int], dict]], size: int) -> Iterator[tuple[list[int], dict]]:
+    """Runs of rows put together, and cut, to batches of `size`; one ends earlier where the parts change."""
+    waiting, arrays = [], []
+    for rows, values in runs:
+        while rows:
+            if waiting and (len(waiting) == size or arrays[0].keys() != values.keys()):
+                yield waiting, _concatenated(arrays)
+                waiting, arrays = [], []
+            room = size - len(waiting)
+            waiting = [*waiting, *rows[:room]]
+            arrays.append({name: x[:room] for name, x in values.items()})
+            rows, values = rows[room:], {name: x[room:] for name, x in values.items()}
+    if waiting:
+        yield waiting, _concatenated(arrays)
+
+
+def _concatenated(parts: Sequence[Mapping]) -> dict:
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from cir_jax.data.tables import TABLES, read_table, read_text, relative, string
+from cir_jax.data.tables import TABLES, read_table, read_text, refuse, relative, string
 from cir_jax.files import shown
 
 READABLE = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
@@ -29,7 +29,8 @@ UNDERSTOOD = """a gallery is one of
     `id`, `text`; paths are relative to the list
   tar shards with files KEY.jpg and, if known, KEY.txt: x.tar, a folder of such files,
     'x-{00000..00003}.tar' or 'x-*.tar'
-  a built-in data set: emoji, emoji:noto, emoji:twemoji"""
+  a built-in data set: emoji, emoji:noto, emoji:twemoji
+  a packed data set with one gallery, or that of a part of it: PACKED/noto/test"""
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
@@ -72,6 +73,8 @@ def open_gallery(source: str | os.PathLike | Mapping[str, Any]) -> Gallery:
     name = os.fspath(source)
     if name == "emoji" or name.startswith("emoji:"):
         return _emoji(name.partition(":")[2] or "both")
+    if packed := _packed(name):
+        return packed
     path = Path(name).absolute()
     if path.is_dir():
         return _folder_of_shards(path) or _folder(path)
@@ -90,6 +93,7 @@ def _from_locator(locator):
         "list": ("file", lambda file: _list(Path(file))),
         "tar": ("shards", _shards),
         "emoji": ("style", _emoji),
+        "packed": ("root", _packed_again),
     }
     kind = locator.get("kind")
     if not isinstance(kind, str) or kind not in openers:
@@ -109,10 +113,7 @@ def _gallery(ids, locator, read):
     """A gallery whose ids can be told apart; they may hold any characters, as names of files do."""
     faults = [f"{name!r} occurs {n} times" for name, n in Counter(ids).items() if n > 1]
     faults += ["an empty id"] * ("" in ids)
-    if faults:
-        more = f"\n  and {len(faults) - 5} more" if len(faults) > 5 else ""
-        listed = "\n  ".join(faults[:5])
-        raise ValueError(f"unusable ids in the gallery {locator}:\n  {listed}{more}")
+    refuse(f"unusable ids in the gallery {locator}", faults)
     return Gallery(ids, locator, read)
 
 
@@ -340,3 +341,23 @@ def _emoji(style):
         items = emoji.gallery(style)
     ids = [item["id"] for item in items]
     return _gallery(ids, {"kind": "emoji", "style": style}, items.__getitem__)
+
+
+# ---- packed data sets ----
+
+
+def _packed(name: str) -> Gallery | None:
+    """The gallery of a packed folder, or of the part that FOLDER/VARIANT/SPLIT names; None if that is neither."""
+    from cir_jax.data.packed import Packed, is_packed
+
+    if is_packed(name):
+        return Packed(name).gallery()
+    root, *part = name.rsplit("/", 2)
+    return Packed(root).gallery(*part) if len(part) == 2 and is_packed(root) else None
+
+
+def _packed_again(name):
+    found = _packed(name)
+    if found is None:
+        raise FileNotFoundError(f"the packed gallery {name} is gone; {UNDERSTOOD}")
+    return found

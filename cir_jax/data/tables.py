@@ -5,6 +5,7 @@ not there (a JSON `null`, an empty cell of a CSV, a null of parquet) is None. Ev
 place, so that whoever finds a fault in it can say where.
 """
 
+import contextlib
 import csv
 import io
 import json
@@ -13,11 +14,14 @@ import os
 import textwrap
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NamedTuple
 
 TABLES = (".jsonl", ".csv", ".parquet")
 SHOWN = 5  # faults of a file that one message lists
+
+_collected: ContextVar[list[str] | None] = ContextVar("faults that are collected", default=None)
 
 
 class Row(NamedTuple):
@@ -102,9 +106,26 @@ def relative(path: str, root: Path) -> str | None:
     return None if found.split(os.sep)[0] == ".." else Path(found).as_posix()
 
 
+@contextlib.contextmanager
+def collected() -> Iterator[list[str]]:
+    """A list that takes the faults which `refuse` meets within the block, all of them, instead of an error.
+
+    What is read there goes on without the rows that are wrong; it serves to find more faults and nothing else.
+    """
+    faults: list[str] = []
+    token = _collected.set(faults)
+    try:
+        yield faults
+    finally:
+        _collected.reset(token)
+
+
 def refuse(title: str, faults: Sequence[str]) -> None:
     """One ValueError that lists the first faults, if there are any."""
-    if faults:
+    collecting = _collected.get()
+    if collecting is not None:
+        collecting += faults
+    elif faults:
         rest = len(faults) - SHOWN
         more = f"\n  and {rest} more" if rest > 0 else ""
         raise ValueError(f"{title}:\n  " + "\n  ".join(faults[:SHOWN]) + more)
