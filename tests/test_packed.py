@@ -98,6 +98,9 @@ def test_built_in_data_is_the_same_packed(tmp_path):
     assert Packed(tmp_path / "packed").parts == list(names)
     found = training_set(Data("emoji-documents", root=str(tmp_path / "packed"), variant="both"))
     assert_same_rows(found, names[Part("training", "both", "train")])
+    assert len(Packed(tmp_path / "packed").training("emoji-documents", "", "train")) == len(found)
+    with pytest.raises(ValueError, match="holds no benchmark /val; it has training both/train, "):
+        Packed(tmp_path / "packed").benchmark("", "val")
     for part in list(names)[1:]:
         name = f"{tmp_path}/packed/{part.variant}/{part.split}"
         benchmark = named_benchmark(name)
@@ -338,3 +341,9 @@ def test_a_benchmark_without_queries_or_with_one_id_twice_is_inconsistent():
         Benchmark("x", "y", "z", [], [item], ["a"], [])
     with pytest.raises(ValueError, match=r"1 ids belong to several gallery items: \['a'\]"):
         Benchmark("x", "y", "z", [query], [item, item], ["a", "a"], [{0: 1.0}])
+
+
+def test_a_name_in_another_case_is_said(shop):
+    (shop / "p/a.jpg").rename(shop / "p/A.JPG")
+    with pytest.raises(ValueError, match=r"line 2: there is no picture .*/p/a.jpg; A.JPG is there"):
+        own.pairs(str(shop / "pairs.csv"))

@@ -158,7 +158,7 @@ def parts_of(
     """The parts of a data set, each with the function that opens it.
 
     Args:
-      name: a key of `PARTS` or `TABLES`, or one of `FOLDERS`.
+      name: a registered data set or benchmark, a key of `TABLES`, or one of `FOLDERS`.
       root: the raw data, or a packed data set.
       training, benchmarks: which, as VARIANT/SPLIT; None for all that `PARTS` has.
 
@@ -168,14 +168,17 @@ def parts_of(
     if root and packed.is_packed(root):
         found = packed.Packed(root)
         return {part: functools.partial(found.open, part) for part in found.parts}
-    usual = _known("data set", name, PARTS | dict.fromkeys((*TABLES, *FOLDERS)))
-    if usual is None:
+    _known("data set", name, dict.fromkeys((*DATASETS, *BENCHMARKS, *TABLES, *FOLDERS)))
+    if name in TABLES or name in FOLDERS:
         return {_own_part(name): functools.partial(_own, name, root)}
+    usual = PARTS.get(name, ((), ()))
     training = usual[0] if training is None else training
     benchmarks = usual[1] if benchmarks is None else benchmarks
     asked = [("training", each) for each in training] + [("benchmark", each) for each in benchmarks]
     if not asked:
-        raise ValueError(f"nothing of {name} is asked for; name a training set or a benchmark")
+        raise ValueError(
+            f"{name} has no usual parts; name what to take, as --training VARIANT/SPLIT or --benchmarks VARIANT/SPLIT"
+        )
     for _, each in asked:
         if each.count("/") != 1:
             raise ValueError(f"a part is {each!r}; expected VARIANT/SPLIT, as noto/test")

@@ -13,7 +13,7 @@ from cir_jax.commands import reason
 from cir_jax.data.benchmark import Benchmark, Dataset
 from cir_jax.data.images import open_image
 from cir_jax.data.packed import Part
-from cir_jax.data.records import Gallery
+from cir_jax.data.records import Gallery, near
 from cir_jax.data.tables import collected
 from cir_jax.progress import progress
 
@@ -134,21 +134,8 @@ def _decoded(entry) -> tuple[str, bytes | None]:
                 open_image(image)
             return "", key
         if not os.path.isfile(key):
-            return f"there is no picture {key}{_near(Path(key))}", None
+            return f"there is no picture {key}{near(Path(key))}", None
         open_image(key)
         return "", hashlib.sha256(Path(key).read_bytes()).digest()
     except (ValueError, OSError) as error:
         return reason(error), None
-
-
-def _near(path: Path) -> str:
-    """Where a file has that name but for the case of letters or its suffix."""
-    if not path.parent.is_dir():
-        return ""
-    wanted = path.name.lower()
-    same = sorted(each for each in os.listdir(path.parent) if each.lower() == wanted)
-    stem = sorted(
-        each for each in os.listdir(path.parent) if Path(each).stem.lower() == path.stem.lower()
-    )
-    found = same or stem
-    return f"; {found[0]} is there, rename it or correct the entry" if found else ""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cir_jax.data.benchmark import Benchmark
-from cir_jax.data.records import LISTS, Gallery, file_inside, open_gallery
+from cir_jax.data.records import LISTS, Gallery, file_inside, near, open_gallery
 from cir_jax.data.tables import TABLES, Row, read_table, refuse, relative, string, strings
 
 SEPARATOR = "|"  # between the ids of a list in a cell of a CSV
@@ -92,9 +92,9 @@ def _check_columns(file, table: Sequence[Row], wanted, optional=()) -> None:
             f"expected {', '.join(wanted)}"
         )
     for name in set(known) - {*wanted, *optional}:
-        for near in difflib.get_close_matches(name.lower(), [*wanted, *optional], 1, 0.75):
+        for meant in difflib.get_close_matches(name.lower(), [*wanted, *optional], 1, 0.75):
             raise ValueError(
-                f"{file} has a column {name}; if {near} is meant, write it so, else give it another name"
+                f"{file} has a column {name}; if {meant} is meant, write it so, else give it another name"
             )
 
 
@@ -143,7 +143,7 @@ def _finder(root: Path) -> Callable[[str], str]:
                 )
             file = file_inside(root, path)
             if not os.path.isfile(file):
-                raise ValueError(f"there is no picture {file}")
+                raise ValueError(f"there is no picture {file}{near(file)}")
             found[name] = str(file)
         return found[name]
 

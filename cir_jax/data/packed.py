@@ -315,11 +315,14 @@ class Packed:
     def open(self, part: Part) -> Dataset | Benchmark | Gallery:
         """The part as it was before it was packed; pictures of files are their bytes, lists are tuples.
 
-        A benchmark is called by the folder, so that its name makes it again.
+        An empty variant is the only one there is. A benchmark is called by the folder, so that its name makes it again.
 
         Raises:
           ValueError: no such part; the message lists those there are.
         """
+        if not part.variant:  # the usual one
+            same = [x for x in self._about if (x.kind, x.split) == (part.kind, part.split)]
+            part = same[0] if len(same) == 1 else part
         if part not in self._about:
             known = ", ".join(map(str, self._about))
             raise ValueError(f"{self.place} holds no {part}; it has {known}")

@@ -158,6 +158,17 @@ def file_inside(root: Path, name: str) -> Path:
     return path
 
 
+def near(path: Path) -> str:
+    """What to say beside "there is no …" where a file has that name but for the case of its letters or its suffix."""
+    if not path.parent.is_dir():
+        return ""
+    names = sorted(os.listdir(path.parent))
+    stem = path.stem.lower()
+    found = [name for name in names if name.lower() == path.name.lower()]
+    found += [name for name in names if Path(name).stem.lower() == stem]
+    return f"; {found[0]} is there, rename it or correct the entry" if found else ""
+
+
 # ---- lists ----
 
 

@@ -120,12 +120,17 @@ def collected() -> Iterator[list[str]]:
         _collected.reset(token)
 
 
-def refuse(title: str, faults: Sequence[str]) -> None:
-    """One ValueError that lists the first faults, if there are any."""
+def collects(faults: Sequence[str]) -> bool:
+    """True within `collected`, whose list then has these faults too."""
     collecting = _collected.get()
     if collecting is not None:
         collecting += faults
-    elif faults:
+    return collecting is not None
+
+
+def refuse(title: str, faults: Sequence[str]) -> None:
+    """One ValueError that lists the first faults, if there are any; within `collected` none."""
+    if not collects(faults) and faults:
         rest = len(faults) - SHOWN
         more = f"\n  and {rest} more" if rest > 0 else ""
         raise ValueError(f"{title}:\n  " + "\n  ".join(faults[:SHOWN]) + more)
