@@ -1,4 +1,4 @@
-"""`python -m cir_jax.bench encode`: speed and memory of the encoders beside PyTorch, on this machine."""
+"""`python -m cir_jax.bench encode|load`: speed of the encoders, and of loading pictures, beside PyTorch on this machine."""
 
 import sys
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from cir_jax import files
+from cir_jax.bench_load import Load, load
 from cir_jax.commands import Common
 from cir_jax.compilation import keep_compiled
 
@@ -41,7 +42,7 @@ class Encode(Common):
                 raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 1")
 
 
-COMMANDS = {"encode": Encode}
+COMMANDS = {"encode": Encode, "load": Load}
 
 
 def encode(command: Encode) -> None:
@@ -113,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
     command = tyro.extras.subcommand_cli_from_dict(
         COMMANDS, prog="python -m cir_jax.bench", description=__doc__, args=argv
     )
-    encode(command)
+    {Encode: encode, Load: load}[type(command)](command)
 
 
 if __name__ == "__main__":

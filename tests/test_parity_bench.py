@@ -1,6 +1,7 @@
-"""`python -m cir_jax.bench encode` beside PyTorch. Needs the extra `[parity]`."""
+"""`python -m cir_jax.bench` beside PyTorch. Needs the extra `[parity]`."""
 
 import json
+import re
 
 import processes
 import pytest
@@ -8,6 +9,7 @@ from reference import library
 from test_bench import count
 
 from cir_jax import bench, bench_encode
+from cir_jax.bench_load import write_pictures
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
@@ -38,3 +40,15 @@ def test_the_command_measures_and_writes(tmp_path):
         assert min(line["memory"], line["torch_memory"]) > weights
     assert forward["rows_per_second"] > train["rows_per_second"] > 0
     assert done.stdout.decode().count("CLIP ViT-B/32, texts") == 2
+
+
+def test_loading_gives_the_same_pictures_and_a_table(tmp_path):
+    library("torchvision")
+    write_pictures(tmp_path / "pictures", 12)
+    few = ("--repeat", 1, "--epochs", 1, "--batch", 4)
+    done = processes.run("cir_jax.bench", "load", "--folder", tmp_path / "pictures", *few)
+    assert done.returncode == 0, done.stderr.decode()
+    shown = done.stdout.decode()
+    assert "pictures differ by at most 0.0e+00" in shown
+    for reader in ("DataLoader, folder", "folder", "tar", "ArrayRecord"):
+        assert re.search(rf"^ *{reader} +\d+ ", shown, re.MULTILINE), shown

@@ -39,10 +39,8 @@ PARTS = {
     "emoji-composed": (("both/train",), _STYLES),
     "emoji-documents": (("both/train",), _STYLES),
 }
-FOLDERS = (
-    "benchmark",
-    "gallery",
-)  # what `python -m cir_jax.data` calls data of one's own beside `TABLES`
+# What `python -m cir_jax.data` calls data of one's own beside `TABLES`.
+FOLDERS = ("benchmark", "gallery")
 
 
 def training_set(data: "Data") -> Dataset:
