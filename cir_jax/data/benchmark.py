@@ -1,7 +1,7 @@
 """What a benchmark is: queries, a gallery, and which gallery rows answer which query."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -28,7 +28,7 @@ class Benchmark:
       positives: per query, gallery row -> grade (above 0) of every right answer.
       exclude: per query, the row of its reference picture, which is no answer, or -1. Empty: none.
       subset: per query, the rows of the closed group that `subset_recall@k` ranks. Empty: none.
-      rules: per query, a label for tables by kind of query. Empty: none.
+      rules: per query, a label, or several, for tables by kind of query. Empty: none.
       metrics: what is reported, see `cir_jax.metrics`.
 
     Raises:
@@ -44,7 +44,7 @@ class Benchmark:
     positives: Sequence[Mapping[int, float]]
     exclude: Sequence[int] = ()
     subset: Sequence[Sequence[int]] = ()
-    rules: Sequence[str] = ()
+    rules: Sequence[str | tuple[str, ...]] = ()
     metrics: tuple[str, ...] = ("recall@1", "recall@5", "recall@10", "mrr")
 
     def __post_init__(self):
@@ -76,6 +76,12 @@ def _row_faults(benchmark):
         outside = sorted({row for rows in lists for row in rows if not 0 <= row < items})
         if outside:
             yield f"{field} names rows outside the gallery of {items}: {outside[:5]}"
+
+
+def numbered(names: Iterable[Hashable]) -> list[int]:
+    """Equal names as equal numbers, counted from 0."""
+    numbers = {}
+    return [numbers.setdefault(name, len(numbers)) for name in names]
 
 
 class Chosen(Sequence):

@@ -29,7 +29,8 @@ UNDERSTOOD = """a gallery is one of
     `id`, `text`; paths are relative to the list
   tar shards with files KEY.jpg and, if known, KEY.txt: x.tar, a folder of such files,
     'x-{00000..00003}.tar' or 'x-*.tar'
-  a built-in data set: emoji, emoji:noto, emoji:twemoji"""
+  a built-in data set: emoji, emoji:noto, emoji:twemoji
+  the gallery of a published benchmark: fashioniq:FOLDER/dress/val"""
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
@@ -58,9 +59,9 @@ def open_gallery(source: str | os.PathLike | Mapping[str, Any]) -> Gallery:
     """Opens a gallery.
 
     Args:
-      source: a folder of pictures, a list file, tar shards, a built-in data set (`UNDERSTOOD` has
-        the details), or the locator of a gallery. A built-in name wins over a folder of that name;
-        `./emoji` is the folder.
+      source: a folder of pictures, a list file, tar shards, a built-in data set, a published
+        benchmark (`UNDERSTOOD` has the details), or the locator of a gallery. A built-in name wins
+        over a folder of that name; `./emoji` is the folder.
 
     Raises:
       FileNotFoundError: nothing there; the message lists what is understood.
@@ -72,6 +73,8 @@ def open_gallery(source: str | os.PathLike | Mapping[str, Any]) -> Gallery:
     name = os.fspath(source)
     if name == "emoji" or name.startswith("emoji:"):
         return _emoji(name.partition(":")[2] or "both")
+    if _is_published(name):
+        return _of_benchmark(name)
     path = Path(name).absolute()
     if path.is_dir():
         return _folder_of_shards(path) or _folder(path)
@@ -90,6 +93,7 @@ def _from_locator(locator):
         "list": ("file", lambda file: _list(Path(file))),
         "tar": ("shards", _shards),
         "emoji": ("style", _emoji),
+        "benchmark": ("name", _of_benchmark),
     }
     kind = locator.get("kind")
     if not isinstance(kind, str) or kind not in openers:
@@ -324,7 +328,25 @@ def _bytes(member):
     return data
 
 
-# ---- built-in data ----
+# ---- built-in and published data ----
+
+
+def _is_published(name):
+    from cir_jax.data import PUBLISHED
+
+    base, *rest = name.rsplit("/", 2)
+    return len(rest) == 2 and base.partition(":")[0] in PUBLISHED
+
+
+def _of_benchmark(name):
+    from cir_jax.data import named_benchmark
+
+    if not _is_published(name):
+        raise ValueError(f"there is no published benchmark {shown(name)}; {UNDERSTOOD}")
+    gallery = named_benchmark(name).gallery
+    if not isinstance(gallery, Gallery):
+        raise ValueError(f"{name} is limited; name the whole benchmark, and limit what is done")
+    return gallery
 
 
 def _emoji(style):

@@ -1,0 +1,363 @@
+"""What every published data set keeps to, on small folders in the original layouts."""
+
+import dataclasses
+import functools
+import json
+import os
+import re
+import shutil
+
+import numpy as np
+import pytest
+from data_layouts import BENCHMARKS, LAYOUTS, TRAINING, UNLABELLED, paint
+from test_methods import drawn
+
+from cir_jax.config import Data, Run
+from cir_jax.data import PUBLISHED, circo, named_benchmark, open_benchmark, training_set
+from cir_jax.data import tuning_benchmark as tuned
+from cir_jax.data.images import ImageSpec, prepare
+from cir_jax.data.records import Gallery, open_gallery
+from cir_jax.eval import check_run, measure
+from cir_jax.methods.clip import ClipConfig
+from cir_jax.metrics import random_level
+from cir_jax.train import training_batches
+from cir_jax.workspace import Workspace
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """The folder of all small data sets, by name."""
+    folder = tmp_path_factory.mktemp("data")
+    for name, write in LAYOUTS.items():
+        write(folder / name)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def at_home(made, monkeypatch):
+    monkeypatch.setenv("CIR_JAX_DATA", str(made))
+    monkeypatch.setattr(circo, "GALLERY", 6)
+
+
+@pytest.fixture
+def copied(made, tmp_path):
+    """A function: a copy of a small data set, to be changed."""
+    return lambda name: shutil.copytree(made / name, tmp_path / name)
+
+
+@functools.cache
+def spec():
+    return ImageSpec(size=32, resize="targetpad", convert_first=False)
+
+
+def same(first, second):
+    """Two raw values that are equal, arrays included."""
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same(first[k], second[k]) for k in first)
+    return np.array_equal(first, second) if isinstance(first, np.ndarray) else first == second
+
+
+def is_text(value):
+    return type(value) is str
+
+
+def check_side(side):
+    """A query or an item can be prepared: a picture, and texts that are texts."""
+    if "image" in side:
+        pixels = prepare(side["image"], spec())
+        assert pixels.shape == (32, 32, 3) and pixels.dtype == np.float32
+    assert all(is_text(side[name]) for name in ("text", "document", "title") if name in side)
+    assert all(map(is_text, side.get("texts", ())))
+    json.dumps({name: value for name, value in side.items() if name != "image"})
+
+
+def test_every_registered_set_has_a_small_one():
+    trained = {name for name, each in PUBLISHED.items() if each.pairs}
+    asked = {name for name, each in PUBLISHED.items() if each.benchmark}
+    assert LAYOUTS.keys() == PUBLISHED.keys() == trained | asked
+    assert {name for name, _, _ in TRAINING} == trained
+    assert {name.split("/")[0] for name in BENCHMARKS} == asked
+
+
+@pytest.mark.parametrize("case", TRAINING, ids="/".join)
+def test_training_sets(case):
+    name, variant, split = case
+    dataset = training_set(Data(name, variant=variant, split=split))
+    assert len(dataset) == TRAINING[case] == len(list(dataset))
+    assert same(dataset[-1], dataset[len(dataset) - 1]) and same(dataset[0], dataset[0])
+    with pytest.raises(IndexError):
+        dataset[len(dataset)]
+    for raw in dataset:
+        assert raw.keys() == {"query", "item", "group"} and type(raw["group"]) is int
+        assert raw["query"].keys() & {"text", "texts", "document"}
+        check_side(raw["query"])
+        check_side(raw["item"])
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_benchmarks(name, made):
+    found = named_benchmark(name)
+    assert (len(found.queries), len(found.gallery)) == BENCHMARKS[name]
+    assert len(set(found.ids)) == len(found.ids) and all(map(is_text, found.ids))
+    assert found.gallery[-1]["id"] == found.ids[-1]
+    asked = list(found.queries)
+    assert len({query["id"] for query in asked}) == len(asked) == len(found.queries)
+    for side in (*asked, *found.gallery):
+        check_side(side)
+    assert all(same(found.queries[row], query) for row, query in enumerate(asked))
+    again = open_benchmark(found.name, found.variant, found.split)
+    assert (again.ids, again.positives, again.exclude) == (
+        found.ids,
+        found.positives,
+        found.exclude,
+    )
+    if name in UNLABELLED:
+        assert not any(found.positives)
+    else:
+        assert all(found.positives) and random_level(found).keys() == set(found.metrics)
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_galleries_are_opened_by_the_name_of_their_benchmark(name, made, monkeypatch):
+    benchmark = named_benchmark(name)
+    gallery = open_gallery(name)
+    monkeypatch.delenv("CIR_JAX_DATA")
+    again = open_gallery(json.loads(json.dumps(gallery.locator)))
+    assert isinstance(again, Gallery) and list(again.ids) == benchmark.ids
+    assert same(again[1], benchmark.gallery[1])
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_a_root_can_be_given(name, made, monkeypatch):
+    base, rest = name.split("/", 1)
+    monkeypatch.setenv("CIR_JAX_DATA", "/nowhere")
+    monkeypatch.chdir(made)
+    full = f"{base}:./{base}/{rest}"
+    found = named_benchmark(full)
+    assert f"{found.name}/{found.variant}/{found.split}" == full
+    few = named_benchmark(
+        full.replace("/" + rest, f"/{rest.split('/')[0]}-first1/{rest.split('/')[1]}")
+    )
+    assert len(few.queries) == 1
+    with pytest.raises(
+        FileNotFoundError, match=rf"no folder /nowhere/{base} with {base}; say where"
+    ):
+        named_benchmark(name)
+    if (name := tuned(full)) is not None:
+        assert name.startswith(f"{base}:./{base}/") and len(named_benchmark(name).queries)
+
+
+def test_where_a_set_is_looked_for(made, monkeypatch, tmp_path):
+    monkeypatch.delenv("CIR_JAX_DATA")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=rf"no folder {tmp_path}/data/cirr"):
+        training_set(Data("cirr"))
+    os.symlink(made, tmp_path / "data")
+    assert len(training_set(Data("cirr"))) == 2
+    monkeypatch.chdir(made)
+    assert len(training_set(Data("cirr", root="cirr"))) == 2
+
+
+def test_a_model_is_measured_and_trained_on_them(tiny_experiment, made):
+    """The commands' own functions take the names: a few queries, one batch."""
+    model = drawn(ClipConfig.tiny(tiny_experiment.method.inputs), 0)
+    found = measure(model, f"cirr:{made}/cirr/rc2/val")
+    assert found.keys() == set(named_benchmark("cirr/rc2/val").metrics)
+    assert 0 <= found["subset_recall@3"] <= found["recall@50"] == 1
+    data = (Data("fashioniq"), Data("cirr", root=str(made / "cirr"), variant="rc2"))
+    train = dataclasses.replace(tiny_experiment.train, batch_size=2)
+    config = dataclasses.replace(tiny_experiment, data=data, train=train)
+    batches = training_batches(config, 0)
+    for _ in data:
+        batch = next(batches)
+        assert batch["query"]["image"].shape == batch["item"]["image"].shape == (2, 64, 64, 3)
+        assert batch["query"]["text"].shape == (2, 24) and batch["item"]["group"].shape == (2,)
+
+
+def test_nothing_is_measured_without_answers(made):
+    run = Run("cirr/rc2/test1", "emoji_cir")
+    with pytest.raises(ValueError, match="answers of cirr/rc2/test1 are not published"):
+        check_run(run, Workspace())
+
+
+# ---- what is refused ----
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "fashioniq/hat/val",
+            "no variant 'hat'; expected dress or toptee or shirt, then any of -un",
+        ),
+        ("fashioniq/dress-onion/val", "no variant 'dress-onion'"),
+        ("fashioniq/dressing/val", "no variant 'dressing'"),
+        ("fashioniq/dress/dev", "no split 'dev'; there are train, val, test"),
+        ("fashioniq/dress-union/test", "the union is of references and targets, and test has none"),
+        ("cirr/rc1/val", "no variant 'rc1'; expected rc2"),
+        ("fashoniq/dress/val", "did you mean 'fashioniq'"),
+        ("fashoniq:/x/dress/val", "did you mean 'fashioniq'"),
+    ],
+)
+def test_unknown_parts_are_refused(name, message):
+    with pytest.raises(ValueError, match=message):
+        named_benchmark(name)
+
+
+def test_a_set_without_training_pairs():
+    with pytest.raises(ValueError, match="no data set is named 'circo'"):
+        training_set(Data("circo"))
+
+
+def test_missing_pictures_are_one_error_or_left_out(copied, capsys):
+    root = copied("cirr")
+    for number in (1, 7):
+        (root / f"dev/dev-{number}-0-img1.png").unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"2 of 8 pictures are missing \(first: .*/dev/dev-1"
+    ):
+        named_benchmark(f"cirr:{root}/rc2/val")
+    found = named_benchmark(f"cirr:{root}/rc2-available/val")
+    assert "2 of 8 pictures are missing" in (told := capsys.readouterr().err)
+    assert "1 of 2 queries are left out" in told
+    assert len(found.gallery) == 6 and [query["id"] for query in found.queries] == ["12063"]
+    assert found.ids[found.exclude[0]] == "dev-2-0-img1"
+    assert [found.ids[row] for row in found.positives[0]] == ["dev-5-0-img1"]
+    assert [found.ids[row] for row in found.subset[0]] == [f"dev-{n}-0-img1" for n in (3, 4, 5, 6)]
+    (root / "train/34/train-1-0-img1.png").unlink()
+    with pytest.raises(FileNotFoundError, match="1 of 4 pictures are missing"):
+        training_set(Data("cirr", root=str(root)))
+    assert len(training_set(Data("cirr", root=str(root), variant="rc2-available"))) == 1
+    shutil.rmtree(root / "dev")
+    with pytest.raises(FileNotFoundError, match=r"8 of 8 pictures are missing.*nothing is left"):
+        named_benchmark(f"cirr:{root}/rc2-available/val")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r[0].pop("caption"), r"\[0\] has no 'caption'"),
+        (lambda r: r[1].update(pairid="1"), r'\[1\].pairid is "1", expected int'),
+        (lambda r: r[1].update(caption="a\0b"), r"\[1\].caption is .*, which is no text"),
+        (lambda r: r[1].update(caption="\ud800"), "which is no text"),
+        (
+            lambda r: r[1]["img_set"].update(members="x"),
+            r'\[1\].img_set.members is "x", expected list',
+        ),
+        (lambda r: r[0]["img_set"]["members"].pop(), "pair 12060 has the group .* expected 6 diff"),
+        (lambda r: r.__setitem__(0, 7), r"\[0\] is 7, expected dict"),
+        (lambda r: r[1].update(pairid=12060), "the query '12060' occurs twice"),
+        (
+            lambda r: r[1].update(target_hard="x"),
+            "the query '12063' names 'x', which the gallery lacks",
+        ),
+    ],
+)
+def test_annotations_of_another_form_are_refused(change, message, copied):
+    root = copied("cirr")
+    file = root / "cirr/captions/cap.rc2.val.json"
+    records = json.loads(file.read_text())
+    change(records)
+    file.write_text(json.dumps(records))
+    with pytest.raises(ValueError, match=message):
+        named_benchmark(f"cirr:{root}/rc2/val")
+
+
+def test_files_that_are_not_there_or_no_json(copied):
+    root = copied("fashioniq")
+    (root / "captions/cap.dress.val.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds a JSON dict, expected a list"):
+        named_benchmark(f"fashioniq:{root}/dress/val")
+    (root / "captions/cap.dress.val.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no file .*cap.dress.val.json; README.md says"):
+        named_benchmark(f"fashioniq:{root}/dress/val")
+
+
+@pytest.mark.parametrize("path", ["../secret.png", "/etc/passwd", "./dev/../../secret.png", "a\0"])
+def test_paths_in_annotations_stay_inside(path, copied):
+    root = copied("cirr")
+    paint(root.parent, "secret.png")
+    file = root / "cirr/image_splits/split.rc2.val.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"dev-1-0-img1": path}))
+    with pytest.raises(ValueError, match=r"leads out of .*; refused|which is no text"):
+        named_benchmark(f"cirr:{root}/rc2/val")
+
+
+def test_links_of_files_stay_inside_and_folders_may_be_links(copied):
+    root = copied("cirr")
+    shutil.move(root / "dev", root.parent / "disk")
+    os.symlink(root.parent / "disk", root / "dev")
+    assert len(named_benchmark(f"cirr:{root}/rc2/val").gallery) == 8
+    picture = root / "dev/dev-1-0-img1.png"
+    shutil.move(picture, root.parent / "secret.png")
+    os.symlink(root.parent / "secret.png", picture)
+    with pytest.raises(ValueError, match=r"dev-1-0-img1.png leads out of .*secret.png; copy"):
+        named_benchmark(f"cirr:{root}/rc2/val")
+
+
+# ---- FashionIQ ----
+
+
+def test_texts_of_fashioniq(made):
+    texts = lambda variant: [q["text"] for q in named_benchmark(f"fashioniq/{variant}/val").queries]
+    assert texts("dress") == ["Is red and is LONGER", " and has a collar"]
+    assert texts("dress-reversed") == ["is LONGER and Is Red", "has a collar and "]
+    assert texts("dress-plain") == ["Is Red. and  is LONGER, ", ". and has a collar?"]
+    assert texts("dress-plain-reversed") == [" is LONGER,  and Is Red.", "has a collar? and ."]
+    raw = training_set(Data("fashioniq"))[0]
+    assert raw["query"]["texts"] == (
+        "Is red and is LONGER",
+        "Is longer and Is Red",
+        "Is red",
+        "Is longer",
+    )
+
+
+def test_layouts_of_fashioniq(copied):
+    root = copied("fashioniq")
+    (root / "dress").mkdir()
+    for path in (root / "images").glob("BDVA*"):
+        shutil.move(path, root / "dress")
+    shutil.move(root / "dress/BDVA2.jpg", root / "images/BDVA2.png")
+    found = named_benchmark(f"fashioniq:{root}/dress/val")
+    assert [os.path.relpath(item["image"], root) for item in found.gallery][1:3] == [
+        "dress/BDVA1.jpg",
+        "images/BDVA2.png",
+    ]
+    assert found.queries[0]["image"] == found.gallery[0]["image"] and not found.exclude
+
+
+# ---- CIRR and CIRCO ----
+
+
+def test_cirr_takes_its_reference_out_and_ranks_five_others():
+    found = named_benchmark("cirr/rc2/val")
+    assert found.exclude == [1, 2]
+    assert [[found.ids[row][4] for row in rows] for rows in found.subset] == [
+        ["0", "2", "3", "4", "5"],
+        ["1", "3", "4", "5", "6"],
+    ]
+    assert found.queries[0]["id"] == "12060" and found.queries[0]["text"] == "Show 0 dogs"
+
+
+def test_layouts_of_cirr(copied):
+    root = copied("cirr")
+    (root / "cirr/img_raw").mkdir()
+    shutil.move(root / "dev", root / "cirr/img_raw/dev")
+    assert "/img_raw/" in named_benchmark(f"cirr:{root}/rc2/val").gallery[0]["image"]
+
+
+def test_circo_has_several_answers_and_aspects(monkeypatch):
+    found = named_benchmark("circo/coco/val")
+    assert found.ids == ["3", "8", "21", "7", "100", "581929"] and not found.exclude
+    assert found.positives[0] == {2: 2.0, 3: 1.0}
+    assert found.rules == [("addition", "viewpoint"), ("viewpoint",)]
+    concept = named_benchmark("circo/coco-concept/val")
+    assert [found.queries[0]["text"], concept.queries[0]["text"]] == [
+        "is red",
+        "find a kite but is red",
+    ]
+    assert tuned("circo/coco/test") == "circo/coco/val" and tuned("circo/coco/val") is None
+    monkeypatch.setattr(circo, "GALLERY", 123_403)
+    with pytest.raises(ValueError, match=re.escape("lists 6 pictures, expected all 123,403")):
+        named_benchmark("circo/coco/val")
