@@ -1,10 +1,13 @@
 """Small folders in the layouts of the published data sets, as their authors' code reads them."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 from PIL import Image
+from pyarrow import parquet
 
 SIZES = ((50, 40), (40, 40), (33, 77))
 
@@ -78,8 +81,89 @@ def circo(root: Path) -> None:
     write(root / "annotations/test.json", [{**record, "id": number} for number in range(3)])
 
 
+def karpathy(root: Path, name: str, folder: str) -> None:
+    images = []
+    for number, split in enumerate(("train", "val", "test", "restval", "test", "train", "val")):
+        filepath = folder or ("train2014" if split == "train" else "val2014")
+        sentences = [
+            {"raw": f"A {split} picture, said {n} times.", "sentid": 10 * number + n}
+            for n in range(6 - number % 2)
+        ]
+        image = {"filename": f"{filepath}_{number}.jpg", "split": split, "sentences": sentences}
+        if not folder:
+            image |= {"filepath": filepath, "cocoid": 100 - number}
+        images.append(image)
+        paint(root, f"{filepath}/{image['filename']}")
+    write(root / f"dataset_{name}.json", {"images": images})
+
+
+def lxmert(root: Path) -> None:
+    for split, folder in (("train", "train2014"), ("nominival", "val2014"), ("minival", "val2014")):
+        records = []
+        for number in range(3):
+            name = f"COCO_{folder}_{len(split):04}{number:08}"
+            said = {"mscoco": [f"A {split}.", "Number {number}."], "vqa": ["What is it?"]}
+            records.append({"img_id": name, "labelf": {}, "sentf": said})
+            paint(root, f"images/{folder}/{name}.jpg")
+        write(root / f"lxmert/mscoco_{split}.json", records)
+    records = [{"img_id": str(number), "sentf": {"vg": ["a kite"]}} for number in (7, 8)]
+    write(root / "lxmert/vgnococo.json", records)
+    paint(root, "vg/7.jpg", "vg/8.jpg")
+
+
+def atomic(root: Path) -> None:
+    """Eleven pictures, of which the last two are in no qrels; row groups of three rows."""
+
+    def table(path, rows):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=3)
+
+    paint(root / "drawn", *(f"{number}.png" for number in range(11)))
+    read = lambda number: {"bytes": (root / f"drawn/{number}.png").read_bytes(), "path": None}
+    images = [
+        {"image_id": f"uuid-{number}", "image_url": "", "image": read(number)}
+        for number in range(11)
+    ]
+    table(root / "AToMiC-Images-v0.2/data/train-00000-of-00002.parquet", images[:7])
+    table(root / "AToMiC-Images-v0.2/data/train-00001-of-00002.parquet", images[7:])
+    texts = [
+        {
+            "text_id": f"projected-{number}",
+            "page_title": f"Harbour {number}",
+            "section_title": "Introduction",
+            "context_page_description": "About harbours.",
+            "context_section_description": f"The Harbour of Number {number} lies in New York.",
+            "media": [],
+        }
+        for number in range(9)
+    ]
+    table(root / "AToMiC-Texts-v0.2.1/data/train-00000-of-00001.parquet", texts)
+    relevant = {
+        "train": [(0, 0), (1, 1), (1, 2), (2, 3)],
+        "validation": [(5, 5), (3, 4)],
+        "test": [(8, 8), (6, 6), (8, 7)],
+    }
+    for split, found in relevant.items():
+        rows = [
+            {"text_id": f"projected-{text}", "Q0": "Q0", "image_id": f"uuid-{image}", "rel": 1}
+            for text, image in found
+        ]
+        table(root / f"AToMiC-Qrels-v0.2/data/{split}-00000-of-00001.parquet", rows)
+        write(root / f"atomic_{split}_entities.json", [["New York", f"row {n}"] for n, _ in found])
+        write(root / f"atomic_{split}_summaries.json", [f"Summary {n}" for n, _ in found])
+    shutil.rmtree(root / "drawn")
+
+
 # name -> what writes its folder
-LAYOUTS = {"fashioniq": fashioniq, "cirr": cirr, "circo": circo}
+LAYOUTS = {
+    "fashioniq": fashioniq,
+    "cirr": cirr,
+    "circo": circo,
+    "atomic": atomic,
+    "coco": lambda root: karpathy(root, "coco", ""),
+    "coco-lxmert": lxmert,
+    "flickr30k": lambda root: karpathy(root, "flickr30k", "flickr30k-images"),
+}
 
 # (name, variant, split) of training sets, with their lengths
 TRAINING = {
@@ -88,6 +172,16 @@ TRAINING = {
     ("fashioniq", "toptee", "train"): 2,
     ("cirr", "", "train"): 2,
     ("cirr", "rc2", "val"): 2,
+    ("atomic", "", "train"): 4,
+    ("atomic", "entities", "val"): 2,
+    ("atomic", "summaries", "test"): 3,
+    ("atomic", "entities-builtin", "train"): 4,
+    ("coco", "", "train"): 16,
+    ("coco", "karpathy-five", "train"): 15,
+    ("coco-lxmert", "", "train+nominival"): 12,
+    ("coco-lxmert", "vqa+mscoco", "minival"): 9,
+    ("coco-lxmert", "vg", "vgnococo"): 2,
+    ("flickr30k", "", "val"): 11,
 }
 
 # benchmarks, with the numbers of their queries and items
@@ -100,5 +194,13 @@ BENCHMARKS = {
     "cirr/rc2/test1": (2, 8),
     "circo/coco/val": (2, 6),
     "circo/coco-concept/test": (3, 6),
+    "atomic/small/test": (2, 3),
+    "atomic/base-rows/test": (3, 9),
+    "atomic/large/val": (2, 11),
+    "coco/karpathy/test": (12, 2),
+    "coco/karpathy-five/test": (10, 2),
+    "coco-lxmert/mscoco/minival": (6, 3),
+    "coco-lxmert/mscoco+vqa/train+nominival": (18, 6),
+    "flickr30k/karpathy/val": (11, 2),
 }
 UNLABELLED = {"fashioniq/dress/test", "cirr/rc2/test1", "circo/coco-concept/test"}

@@ -8,18 +8,23 @@ import re
 import shutil
 
 import numpy as np
+import pyarrow
 import pytest
 from data_layouts import BENCHMARKS, LAYOUTS, TRAINING, UNLABELLED, paint
+from pyarrow import parquet
 from test_methods import drawn
 
 from cir_jax.config import Data, Run
-from cir_jax.data import PUBLISHED, circo, named_benchmark, open_benchmark, training_set
+from cir_jax.data import PUBLISHED, atomic, circo, named_benchmark, open_benchmark, training_set
 from cir_jax.data import tuning_benchmark as tuned
+from cir_jax.data.columns import Columns
+from cir_jax.data.documents import DocumentSpec
 from cir_jax.data.images import ImageSpec, prepare
 from cir_jax.data.records import Gallery, open_gallery
 from cir_jax.eval import check_run, measure
 from cir_jax.methods.clip import ClipConfig
 from cir_jax.metrics import random_level
+from cir_jax.retrieval import Queries
 from cir_jax.train import training_batches
 from cir_jax.workspace import Workspace
 
@@ -194,6 +199,7 @@ def test_nothing_is_measured_without_answers(made):
         ("fashioniq/dressing/val", "no variant 'dressing'"),
         ("fashioniq/dress/dev", "no split 'dev'; there are train, val, test"),
         ("fashioniq/dress-union/test", "the union is of references and targets, and test has none"),
+        ("coco/karpathy/restval", "no split 'restval'"),
         ("cirr/rc1/val", "no variant 'rc1'; expected rc2"),
         ("fashoniq/dress/val", "did you mean 'fashioniq'"),
         ("fashoniq:/x/dress/val", "did you mean 'fashioniq'"),
@@ -214,7 +220,8 @@ def test_missing_pictures_are_one_error_or_left_out(copied, capsys):
     for number in (1, 7):
         (root / f"dev/dev-{number}-0-img1.png").unlink()
     with pytest.raises(
-        FileNotFoundError, match=r"2 of 8 pictures are missing \(first: .*/dev/dev-1"
+        FileNotFoundError,
+        match=r"2 of 8 pictures are missing \(first: dev-1-0-img1 in .*/dev/dev-1",
     ):
         named_benchmark(f"cirr:{root}/rc2/val")
     found = named_benchmark(f"cirr:{root}/rc2-available/val")
@@ -229,7 +236,9 @@ def test_missing_pictures_are_one_error_or_left_out(copied, capsys):
         training_set(Data("cirr", root=str(root)))
     assert len(training_set(Data("cirr", root=str(root), variant="rc2-available"))) == 1
     shutil.rmtree(root / "dev")
-    with pytest.raises(FileNotFoundError, match=r"8 of 8 pictures are missing.*nothing is left"):
+    with pytest.raises(
+        FileNotFoundError, match=r"8 of 8 pictures are missing.*no queries are left"
+    ):
         named_benchmark(f"cirr:{root}/rc2-available/val")
 
 
@@ -361,3 +370,112 @@ def test_circo_has_several_answers_and_aspects(monkeypatch):
     monkeypatch.setattr(circo, "GALLERY", 123_403)
     with pytest.raises(ValueError, match=re.escape("lists 6 pictures, expected all 123,403")):
         named_benchmark("circo/coco/val")
+
+
+# ---- captions ----
+
+
+def test_captions_are_rows_and_share_the_group_of_their_picture():
+    found = training_set(Data("coco"))
+    assert [raw["group"] for raw in found] == [0] * 6 + [1] * 5 + [2] * 5
+    assert found[0]["query"]["text"] == "A train picture, said 0 times."
+    assert found[6]["query"]["text"].startswith("A restval"), "restval belongs to train"
+    benchmark = named_benchmark("coco/karpathy/test")
+    assert benchmark.ids == ["98", "96"] and benchmark.positives == [{0: 1.0}] * 6 + [{1: 1.0}] * 6
+    assert [query["id"] for query in benchmark.queries][:2] == ["20", "21"]
+    assert named_benchmark("flickr30k/karpathy/test").ids[0] == "flickr30k-images_2"
+
+
+def test_sentences_of_lxmert_in_the_order_of_files_and_sources():
+    found = named_benchmark("coco-lxmert/vqa+mscoco/nominival+train")
+    first = found.queries[0]
+    assert first["id"] == "COCO_val2014_000900000000:vqa:0" and first["text"] == "What is it?"
+    assert found.queries[1]["id"] == "COCO_val2014_000900000000:mscoco:0"
+    assert found.ids[3].startswith("COCO_train2014_")
+    assert found.gallery[3]["image"].endswith(f"/images/train2014/{found.ids[3]}.jpg")
+    vg = training_set(Data("coco-lxmert", variant="vg", split="vgnococo"))
+    assert vg[0]["item"]["image"].endswith("/vg/7.jpg")
+    with pytest.raises(ValueError, match=r"no source 'vgg'; there are mscoco, vg, .* joined by \+"):
+        named_benchmark("coco-lxmert/vgg/minival")
+    with pytest.raises(ValueError, match="no split 'val'; there are train, nominival, minival"):
+        named_benchmark("coco-lxmert/mscoco/minival+val")
+    assert tuned("coco-lxmert/mscoco/minival") is None
+
+
+# ---- AToMiC ----
+
+
+def test_topics_and_rows_of_atomic():
+    topics, rows = named_benchmark("atomic/small/test"), named_benchmark("atomic/base-rows/test")
+    assert topics.ids == ["uuid-6", "uuid-7", "uuid-8"], "in the order of the collection"
+    assert topics.positives == [{2: 1.0, 1: 1.0}, {0: 1.0}]
+    assert [query["id"] for query in topics.queries] == ["projected-8", "projected-6"]
+    assert topics.queries[1] == {
+        "id": "projected-6",
+        "title": "Harbour 6",
+        "section": "Introduction",
+        "document": "The Harbour of Number 6 lies in New York.",
+    }
+    assert rows.positives == [{8: 1.0}, {6: 1.0}, {7: 1.0}]
+    assert [query["id"] for query in rows.queries] == ["0", "1", "2"]
+    assert rows.queries[0]["document"] == rows.queries[2]["document"]
+    pictures = [prepare(item["image"], spec()).mean() for item in rows.gallery]
+    assert len(set(pictures)) == 9
+
+
+def test_what_asks_for_pictures_of_atomic():
+    text = lambda variant, row: training_set(Data("atomic", variant=variant))[row]["query"]["text"]
+    assert text("", 1) == "Harbour 1 Introduction The Harbour of Number 1 lies in New York."
+    assert text("entities", 2) == "New York row 1" and text("summaries", 3) == "Summary 2"
+    assert "New York" in text("entities-builtin", 0)
+    assert [raw["group"] for raw in training_set(Data("atomic"))] == [0, 1, 2, 3]
+
+
+def test_extracts_of_cfir_serve_the_benchmark(made, tmp_path):
+    atomic.write_extracts(made / "atomic", "test", tmp_path / "x.jsonl")
+    document = DocumentSpec(source=str(tmp_path / "x.jsonl"))
+    asked = Queries(named_benchmark("atomic/small/test").queries, 1, document)
+    assert asked[0] == {"texts": ["New York", "row 8"]}
+    atomic.write_extracts(made / "atomic", "test", tmp_path / "rows.jsonl", rows=True)
+    document = DocumentSpec(source=str(tmp_path / "rows.jsonl"))
+    asked = Queries(named_benchmark("atomic/small-rows/test").queries, 2, document)
+    assert asked[1] == {"text": "Summary 6"}
+
+
+def test_faults_of_atomic(copied, capsys):
+    root = copied("atomic")
+    (root / "AToMiC-Images-v0.2/data/train-00001-of-00002.parquet").unlink()
+    with pytest.raises(FileNotFoundError, match="2 of 3 pictures are missing .first: uuid-"):
+        named_benchmark(f"atomic:{root}/small/test")
+    few = named_benchmark(f"atomic:{root}/small-available/test")
+    assert few.ids == ["uuid-6"] and [q["id"] for q in few.queries] == ["projected-6"]
+    assert "1 of 2 queries are left out" in capsys.readouterr().err
+    (root / "atomic_test_entities.json").write_text("[[]]")
+    with pytest.raises(ValueError, match="has 1 entries for 3 rows of the qrels"):
+        training_set(Data("atomic", root=str(root), split="test", variant="entities-available"))
+    shutil.rmtree(root / "AToMiC-Texts-v0.2.1")
+    with pytest.raises(FileNotFoundError, match=r"no .*/data/train-\*.parquet; download AToMiC-T"):
+        named_benchmark(f"atomic:{root}/small-available/test")
+
+
+def test_columns_are_rows_at_random(tmp_path):
+    rows = [{"id": f"k{n}", "n": n, "more": [n]} for n in range(20)]
+    files = [tmp_path / "a.parquet", tmp_path / "b.parquet"]
+    for file, part in zip(files, (rows[:11], rows[11:])):
+        parquet.write_table(pyarrow.Table.from_pylist(part), file, row_group_size=4)
+    found = Columns(files, "id", ["n", "more"])
+    assert list(found) == [row["id"] for row in rows] and len(found) == 20
+    for n in np.random.default_rng(0).permutation(20):
+        assert found[f"k{n}"] == {"n": n, "more": [n]}
+    assert list(Columns(files, "id", ["n"], {"k12", "k3", "other"})) == ["k3", "k12"]
+    with pytest.raises(KeyError):
+        found["k20"]
+    with pytest.raises(ValueError, match=r"a.parquet has no column m; it has id, n, more"):
+        Columns(files, "id", ["m"])
+    with pytest.raises(ValueError, match="has no texts in n, expected ids"):
+        Columns(files, "n", ["id"])
+    with pytest.raises(ValueError, match="has the id 'k0' twice"):
+        Columns([*files, files[0]], "id", ["n"])
+    files[1].write_bytes(files[1].read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"b.parquet cannot be read as parquet: "):
+        Columns(files, "id", ["n"])

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
-from cir_jax.data import circo, cirr, emoji, fashioniq, own
+from cir_jax.data import atomic, circo, cirr, coco, emoji, fashioniq, own
 from cir_jax.data.benchmark import Benchmark, Dataset, limited
 
 if TYPE_CHECKING:
@@ -47,6 +47,10 @@ PUBLISHED: dict[str, Published] = {
     "fashioniq": Published(fashioniq.pairs, fashioniq.benchmark),
     "cirr": Published(cirr.pairs, cirr.benchmark),
     "circo": Published(None, circo.benchmark),
+    "atomic": Published(atomic.pairs, atomic.benchmark),
+    "coco": Published(coco.coco_pairs, coco.coco_benchmark),
+    "coco-lxmert": Published(coco.lxmert_pairs, coco.lxmert_benchmark, tuning=""),
+    "flickr30k": Published(coco.flickr30k_pairs, coco.flickr30k_benchmark),
 }
 ROOTS = (
     "CIR_JAX_DATA"  # the environment variable of the folder that holds published data sets by name

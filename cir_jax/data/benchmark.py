@@ -1,7 +1,7 @@
 """What a benchmark is: queries, a gallery, and which gallery rows answer which query."""
 
 import itertools
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -82,6 +82,19 @@ def numbered(names: Iterable[Hashable]) -> list[int]:
     """Equal names as equal numbers, counted from 0."""
     numbers = {}
     return [numbers.setdefault(name, len(numbers)) for name in names]
+
+
+class Made(Sequence):
+    """A data set whose rows are made when they are needed, by a function of the row."""
+
+    def __init__(self, length: int, make: Callable[[int], Mapping]):
+        self._rows, self.make = range(length), make
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, row: int) -> Mapping:
+        return self.make(self._rows[row])
 
 
 class Chosen(Sequence):

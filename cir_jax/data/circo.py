@@ -35,7 +35,7 @@ def benchmark(root: str, variant: str = "", split: str = "val") -> Benchmark:
     asked = [
         Asked(
             id=str(record["id"]),
-            text=_text(record, "concept" in part.flags),
+            asks={"text": _text(record, "concept" in part.flags)},
             targets=_targets(record, file),
             reference=str(record["reference_img_id"]),
             rules=record.get("semantic_aspects", ()),

@@ -5,7 +5,7 @@ the latter give (train/34/….png, dev/….png, test1/….png), below the folder
 """
 
 from cir_jax.data import published
-from cir_jax.data.benchmark import Benchmark
+from cir_jax.data.benchmark import Benchmark, Made
 from cir_jax.data.published import Asked, Pair, Part
 
 SPLITS = ("train", "val", "test1")
@@ -17,7 +17,7 @@ METRICS = (
 MEMBERS = 6  # of a subset, the reference among them
 
 
-def pairs(root: str, variant: str = "", split: str = "train") -> published.Made:
+def pairs(root: str, variant: str = "", split: str = "train") -> Made:
     """Raw training pairs with the caption as it is."""
     part = published.part("cirr", root, variant, split, ("rc2",), SPLITS[:2])
     rows = [Pair([r["caption"]], r["target_hard"], r["reference"]) for r in _records(part)]
@@ -34,7 +34,7 @@ def benchmark(root: str, variant: str = "", split: str = "val") -> Benchmark:
     asked = [
         Asked(
             id=str(record["pairid"]),
-            text=record["caption"],
+            asks={"text": record["caption"]},
             targets={record["target_hard"]: 1.0} if "target_hard" in record else {},
             reference=record["reference"],
             subset=_others(record, part),

@@ -5,7 +5,7 @@ images/ID.jpg, images/ID.png, or ID.jpg in a folder for each category.
 """
 
 from cir_jax.data import published
-from cir_jax.data.benchmark import Benchmark
+from cir_jax.data.benchmark import Benchmark, Made
 from cir_jax.data.published import Asked, Pair, Part
 
 CATEGORIES = ("dress", "toptee", "shirt")  # in the order in which the published training joins them
@@ -14,7 +14,7 @@ METRICS = ("recall@10", "recall@50", "recall@1", "recall@5", "mrr")
 ENDS = ".?, "  # what both ends of a caption lose
 
 
-def pairs(root: str, variant: str = "", split: str = "train") -> published.Made:
+def pairs(root: str, variant: str = "", split: str = "train") -> Made:
     """Raw training pairs; the four wordings of an edit are drawn alike, as in Candidate-Reranking (`wordings`).
 
     Variants: `all`, or a category.
@@ -57,7 +57,7 @@ def benchmark(root: str, variant: str = "", split: str = "val") -> Benchmark:
     asked = [
         Asked(
             id=f"{part.kind}-{split}-{row}",
-            text=text(*record["captions"], part),
+            asks={"text": text(*record["captions"], part)},
             targets={record["target"]: 1.0} if "target" in record else {},
             reference=record["candidate"],
         )

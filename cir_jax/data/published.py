@@ -10,13 +10,13 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from cir_jax import files
-from cir_jax.data.benchmark import Benchmark, numbered
+from cir_jax.data.benchmark import Benchmark, Made, numbered
 from cir_jax.data.records import Gallery
 from cir_jax.data.tables import refuse
 from cir_jax.progress import printable
@@ -187,59 +187,54 @@ def listing(root: Path, folder: str) -> frozenset[str]:
 
 
 class Missing:
-    """What an opened part lacks: refused, or counted and told."""
+    """What an opened part lacks: refused, or counted and told.
 
-    def __init__(self, part: Part, places: Mapping[str, Sequence[str]], found: Mapping[str, str]):
-        self.part, self.pictures = part, len(places)
-        self.names = [name for name in places if name not in found]
+    Args:
+      wanted: for each id the places where it was looked for.
+      found: the ids that are there.
+    """
+
+    def __init__(
+        self,
+        part: Part,
+        wanted: Mapping[str, Sequence[str]],
+        found: Container[str],
+        what: str = "pictures",
+    ):
+        self.part = part
+        self.names = [name for name in wanted if name not in found]
         if not self.names:
             return
-        first = ", ".join(str(part.root / places[name][0]) for name in self.names[:3])
-        told = f"{len(self.names)} of {self.pictures} pictures are missing (first: {first})"
+        first = printable(f"{self.names[0]} in {part.root / wanted[self.names[0]][0]}")
+        self.told = f"{len(self.names)} of {len(wanted)} {what} are missing (first: {first})"
         if AVAILABLE not in part.flags:
             raise FileNotFoundError(
-                f"{part.title}: {told}; get them, or take the variant {part.variant}-{AVAILABLE}, which leaves out "
-                "what needs them"
+                f"{part.title}: {self.told}; get them, or take the variant {part.variant}-{AVAILABLE}, which leaves "
+                "out what needs them"
             )
-        if len(self.names) == self.pictures:
-            raise FileNotFoundError(f"{part.title}: {told}; nothing is left")
-        self.told = told
 
     def tell(self, kept: int, rows: int, what: str) -> None:
-        """Say how much is left of `rows` queries or pairs, if anything is missing; ValueError if nothing is."""
+        """Say how much is left of `rows` queries or pairs, if anything is missing; FileNotFoundError if nothing is."""
         if not self.names:
             return
         if not kept:
-            raise ValueError(f"{self.part.title}: {self.told}; no {what} is left")
+            raise FileNotFoundError(f"{self.part.title}: {self.told}; no {what} are left")
         left = f"{self.part.title}: {self.told}; {rows - kept} of {rows} {what} are left out"
-        print(printable(left), file=sys.stderr)
+        print(left, file=sys.stderr)
 
 
 # ---- benchmarks and training sets ----
 
 
-class Made(Sequence):
-    """A data set whose rows are made when they are needed, by a function of the row."""
-
-    def __init__(self, length: int, make: Callable[[int], Mapping]):
-        self._rows, self.make = range(length), make
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, row: int) -> Mapping:
-        return self.make(self._rows[row])
-
-
 class Asked(NamedTuple):
     """A query, and the ids of what belongs to it.
 
-    `targets` are graded, above 0, and none where they are not published; `reference` is the picture that the query
+    `asks` are the parts of the raw query, without picture and id; `targets` are graded, above 0, and none where they are not published; `reference` is the picture that the query
     shows, "" for none; `rules` are the kinds of query it is of.
     """
 
     id: str
-    text: str
+    asks: Mapping[str, str]
     targets: Mapping[str, float]
     reference: str = ""
     subset: Sequence[str] = ()
@@ -252,20 +247,23 @@ def benchmark(
     places: Mapping[str, Sequence[str]],
     metrics: tuple[str, ...],
     exclude: bool = False,
+    pictures: Mapping[str, Any] | None = None,
 ) -> Benchmark:
     """The benchmark of a part whose gallery is `places` (as for `find`), in that order.
 
     Args:
       exclude: the reference of a query is no answer to it, and is taken out of its list.
+      pictures: by id, where they are no files.
 
     Raises:
       FileNotFoundError: missing pictures, without the flag `available`.
       ValueError: ids that occur twice or that the gallery lacks.
     """
     _check_ids(part, asked, places)
-    paths = find(part.root, places)
-    missing = Missing(part, places, paths)
-    ids = [name for name in places if name in paths]
+    if pictures is None:
+        pictures = find(part.root, places)
+    missing = Missing(part, places, pictures)
+    ids = [name for name in places if name in pictures]
     rows = {name: row for row, name in enumerate(ids)}
     # An unlabelled query has no target to lose.
     # Of several the best is asked for.
@@ -277,11 +275,11 @@ def benchmark(
         name=part.name,
         variant=part.variant,
         split=part.split,
-        queries=Made(len(kept), lambda row: _query(kept[row], paths)),
+        queries=Made(len(kept), lambda row: _query(kept[row], pictures)),
         gallery=Gallery(
             ids,
             {"kind": "benchmark", "name": str(part)},
-            lambda row: {"image": paths[ids[row]]},
+            lambda row: {"image": pictures[ids[row]]},
         ),
         ids=ids,
         positives=[
@@ -311,9 +309,9 @@ def _check_ids(part, asked, places):
     refuse(f"{part.title} contradicts itself", faults)
 
 
-def _query(one: Asked, paths):
-    picture = {"image": paths[one.reference]} if one.reference else {}
-    return {**picture, "text": one.text, "id": one.id}
+def _query(one: Asked, pictures):
+    shown = {"image": pictures[one.reference]} if one.reference else {}
+    return {**shown, **one.asks, "id": one.id}
 
 
 class Pair(NamedTuple):
