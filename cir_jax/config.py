@@ -21,7 +21,8 @@ MethodConfig = TypeVar("MethodConfig")
 
 @dataclass(frozen=True)
 class Data:
-    """One training set: built in, published in the folder `root`, or `pairs` or `triplets` in the table `root`.
+    """One training set: built in, published in the folder `root`, `pairs` or `triplets` in the table `root`, or
+    `captioned` pictures of the gallery `root`.
 
     `cir_jax.data` has the names; of published sets, `root` may be left out where `$CIR_JAX_DATA/NAME` or `data/NAME` is
     it. An empty `variant` is the usual one.

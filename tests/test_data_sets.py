@@ -445,7 +445,7 @@ def test_extracts_of_cfir_serve_the_benchmark(made, tmp_path):
 def test_faults_of_atomic(copied, capsys):
     root = copied("atomic")
     (root / "AToMiC-Images-v0.2/data/train-00001-of-00002.parquet").unlink()
-    with pytest.raises(FileNotFoundError, match="2 of 3 pictures are missing .first: uuid-"):
+    with pytest.raises(FileNotFoundError, match=r"2 of 3 pictures are missing \(first: uuid-"):
         named_benchmark(f"atomic:{root}/small/test")
     few = named_benchmark(f"atomic:{root}/small-available/test")
     assert few.ids == ["uuid-6"] and [q["id"] for q in few.queries] == ["projected-6"]

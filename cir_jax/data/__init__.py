@@ -20,8 +20,12 @@ DATASETS: dict[str, Callable[..., Dataset]] = {
     "emoji-documents": emoji.document_pairs,
 }
 
-# name -> function(root) of the same, from a table of one's own
-TABLES: dict[str, Callable[[str], Dataset]] = {"pairs": own.pairs, "triplets": own.triplets}
+# name -> function(root) of the same, from a table or a gallery of one's own
+TABLES: dict[str, Callable[[str], Dataset]] = {
+    "pairs": own.pairs,
+    "triplets": own.triplets,
+    "captioned": own.captioned,
+}
 
 # name -> function(variant=, split=) of a Benchmark
 BENCHMARKS: dict[str, Callable[..., Benchmark]] = {

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cir_jax.data.benchmark import Benchmark, numbered
+from cir_jax.data.benchmark import Benchmark, Made, numbered
 from cir_jax.data.records import LISTS, Gallery, file_inside, open_gallery
 from cir_jax.data.tables import TABLES, Row, read_table, refuse, relative, string, strings
 
@@ -64,6 +64,23 @@ def triplets(root: str) -> list[dict]:
         }
         for row, group in zip(rows, groups)
     ]
+
+
+def captioned(root: str) -> Made:
+    """The pictures of a gallery with their texts: tar shards as img2dataset makes them (CC3M, LAION), a folder of
+    pictures with KEY.txt beside KEY.jpg, a list with `text`.
+
+    An empty text stays so. Errors as for `open_gallery`; and ValueError, when it is read, for a picture without text.
+    """
+    gallery = open_gallery(root)
+
+    def pair(row):
+        item = gallery[row]
+        if "text" not in item:
+            raise ValueError(f"{item['id']!r} of {root} has no text, which training needs")
+        return {"query": {"text": item["text"]}, "item": {"image": item["image"]}, "group": row}
+
+    return Made(len(gallery), pair)
 
 
 def _training_rows(root, pictures) -> list[dict[str, str]]:
