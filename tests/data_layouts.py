@@ -154,6 +154,33 @@ def atomic(root: Path) -> None:
     shutil.rmtree(root / "drawn")
 
 
+def cc3m(root: Path) -> None:
+    for name in ("training", "validation"):
+        ids = [f"{name}_0000948{number}" for number in range(3)]
+        lines = [f"a {name} of {key}\t{key}\n" for key in (*ids, ids[0])]
+        (root / f"{name}.tsv").parent.mkdir(parents=True, exist_ok=True)
+        (root / f"{name}.tsv").write_text("".join(lines))
+        paint(root, *(f"images/{name}/{key}" for key in ids))
+
+
+def imagenet(root: Path) -> None:
+    records = [
+        {"img_id": "00000001", "subject": "a brown dog", "attribute": "laying on the grass"},
+        {"img_id": "00000003", "subject": "a close up of a dog", "attribute": ""},
+    ]
+    write(root / "blip_pairs.json", records)
+    paint(root, *(f"test/ILSVRC2012_test_0000000{number}.JPEG" for number in (1, 2, 3)))
+
+
+def openimages(root: Path) -> None:
+    ids = ["0312462f3202e152", "00f0ab12345678cd", "ffff462f3202e152"]
+    paint(root, *(f"images/{name}.jpg" for name in ids))
+    (root / "open_images.ids").write_text("".join(f"{name}\n" for name in ids))
+    lines = {"train": "hi\thow are you ?\tfine\n\nbye\tbye\n", "valid": "hi\n", "test": "a\tb\n"}
+    for name, text in lines.items():
+        (root / f"{name}.pkl.txt").write_text(text)
+
+
 # name -> what writes its folder
 LAYOUTS = {
     "fashioniq": fashioniq,
@@ -163,6 +190,9 @@ LAYOUTS = {
     "coco": lambda root: karpathy(root, "coco", ""),
     "coco-lxmert": lxmert,
     "flickr30k": lambda root: karpathy(root, "flickr30k", "flickr30k-images"),
+    "cc3m": cc3m,
+    "imagenet": imagenet,
+    "openimages": openimages,
 }
 
 # (name, variant, split) of training sets, with their lengths
@@ -182,6 +212,8 @@ TRAINING = {
     ("coco-lxmert", "vqa+mscoco", "minival"): 9,
     ("coco-lxmert", "vg", "vgnococo"): 2,
     ("flickr30k", "", "val"): 11,
+    ("cc3m", "", "train"): 4,
+    ("imagenet", "", "test"): 2,
 }
 
 # benchmarks, with the numbers of their queries and items
@@ -202,5 +234,10 @@ BENCHMARKS = {
     "coco-lxmert/mscoco/minival": (6, 3),
     "coco-lxmert/mscoco+vqa/train+nominival": (18, 6),
     "flickr30k/karpathy/val": (11, 2),
+    "cc3m/tsv/val": (4, 3),
+    "openimages/dialogues/train": (2, 3),
+    "openimages/dialogues-context/train": (2, 3),
+    "openimages/dialogues/val": (1, 3),
 }
-UNLABELLED = {"fashioniq/dress/test", "cirr/rc2/test1", "circo/coco-concept/test"}
+UNLABELLED = {name for name in BENCHMARKS if name.startswith("openimages/") or "/test" in name}
+UNLABELLED -= {name for name in BENCHMARKS if name.startswith(("coco", "flickr", "atomic"))}

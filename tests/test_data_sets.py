@@ -14,14 +14,23 @@ from data_layouts import BENCHMARKS, LAYOUTS, TRAINING, UNLABELLED, paint
 from pyarrow import parquet
 from test_methods import drawn
 
-from cir_jax.config import Data, Run
-from cir_jax.data import PUBLISHED, atomic, circo, named_benchmark, open_benchmark, training_set
+from cir_jax.checkpoint import save_model
+from cir_jax.config import Data, Evaluation, Run
+from cir_jax.data import (
+    PUBLISHED,
+    atomic,
+    circo,
+    imagenet,
+    named_benchmark,
+    open_benchmark,
+    training_set,
+)
 from cir_jax.data import tuning_benchmark as tuned
 from cir_jax.data.columns import Columns
 from cir_jax.data.documents import DocumentSpec
 from cir_jax.data.images import ImageSpec, prepare
 from cir_jax.data.records import Gallery, open_gallery
-from cir_jax.eval import check_run, measure
+from cir_jax.eval import check_run, evaluate
 from cir_jax.methods.clip import ClipConfig
 from cir_jax.metrics import random_level
 from cir_jax.retrieval import Queries
@@ -163,12 +172,7 @@ def test_where_a_set_is_looked_for(made, monkeypatch, tmp_path):
     assert len(training_set(Data("cirr", root="cirr"))) == 2
 
 
-def test_a_model_is_measured_and_trained_on_them(tiny_experiment, made):
-    """The commands' own functions take the names: a few queries, one batch."""
-    model = drawn(ClipConfig.tiny(tiny_experiment.method.inputs), 0)
-    found = measure(model, f"cirr:{made}/cirr/rc2/val")
-    assert found.keys() == set(named_benchmark("cirr/rc2/val").metrics)
-    assert 0 <= found["subset_recall@3"] <= found["recall@50"] == 1
+def test_training_reads_them(tiny_experiment, made):
     data = (Data("fashioniq"), Data("cirr", root=str(made / "cirr"), variant="rc2"))
     train = dataclasses.replace(tiny_experiment.train, batch_size=2)
     config = dataclasses.replace(tiny_experiment, data=data, train=train)
@@ -177,6 +181,22 @@ def test_a_model_is_measured_and_trained_on_them(tiny_experiment, made):
         batch = next(batches)
         assert batch["query"]["image"].shape == batch["item"]["image"].shape == (2, 64, 64, 3)
         assert batch["query"]["text"].shape == (2, 24) and batch["item"]["group"].shape == (2,)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cirr/rc2/val", "circo/coco/val", "atomic/small/test"])
+def test_models_are_measured_on_them(name, made, tiny_experiment, tmp_path):
+    """The whole of `eval`: both indexes where they can be tuned, results and a page."""
+    model = drawn(ClipConfig.tiny(tiny_experiment.method.inputs), 0)
+    save_model(tmp_path / "clip", model.config, model.params)
+    base, rest = name.split("/", 1)
+    run = Run(f"{base}:{made}/{base}/{rest}", str(tmp_path / "clip"))
+    (row,) = evaluate(Evaluation((run,)), tmp_path / "out")
+    assert row["metrics"].keys() == set(named_benchmark(name).metrics)
+    assert row["benchmark"] == f"{base}:{made}/{base}" and (tmp_path / "out/report.html").is_file()
+    if base == "circo":
+        assert row["rules"]["viewpoint"]["queries"] == 2
+        assert row["rules"]["addition"]["queries"] == 1
 
 
 def test_nothing_is_measured_without_answers(made):
@@ -479,3 +499,96 @@ def test_columns_are_rows_at_random(tmp_path):
     files[1].write_bytes(files[1].read_bytes()[:-9])
     with pytest.raises(ValueError, match=r"b.parquet cannot be read as parquet: "):
         Columns(files, "id", ["n"])
+
+
+# ---- Conceptual Captions, ImageNet, Open Images ----
+
+
+def test_captions_of_cc3m(copied):
+    found = named_benchmark("cc3m/tsv/val")
+    assert found.positives == [{0: 1.0}, {0: 1.0}, {1: 1.0}, {2: 1.0}]
+    assert found.queries[1]["id"] == "val-4" and found.ids[0] == "validation_00009480"
+    assert found.queries[0]["text"] == "a validation of validation_00009480"
+    root = copied("cc3m")
+    (root / "validation.tsv").write_text("a caption\n")
+    with pytest.raises(ValueError, match=r"validation.tsv, line 1 is no caption, tab and id"):
+        named_benchmark(f"cc3m:{root}/tsv/val")
+
+
+def test_captions_of_imagenet(copied):
+    found = training_set(Data("imagenet", split="test"))
+    assert [raw["query"]["text"] for raw in found] == [
+        "a brown dog | laying on the grass",
+        "a close up of a dog |",
+    ]
+    assert found[1]["item"]["image"].endswith("/test/ILSVRC2012_test_00000003.JPEG")
+    with pytest.raises(ValueError, match="no split 'train'; there are test"):
+        training_set(Data("imagenet"))
+    root = copied("imagenet")
+    records = [{"img_id": "../1", "subject": "a", "attribute": "b"}]
+    (root / "blip_pairs.json").write_text(json.dumps(records))
+    with pytest.raises(ValueError, match=r"'../1' is no id of ImageNet, expected eight digits"):
+        training_set(Data("imagenet", root=str(root), split="test"))
+
+
+def tagger(*nouns):
+    return lambda text: [(word, "NOUN" if word in nouns else "X") for word in text.split()]
+
+
+@pytest.mark.parametrize(
+    ("caption", "nouns", "released", "fixed"),
+    [
+        ("a brown dog laying on the grass", ["dog"], ("a brown dog", "laying on the grass"), ...),
+        (
+            "two people riding bikes in the park park park",
+            ["people", "bikes", "park"],
+            ("two people", "riding bikes in the park"),
+            ...,
+        ),
+        ("a dog dog dog dog", ["dog"], None, None),
+        ("a close up of a dog", ["dog"], ("a close up of a dog", ""), None),
+        (
+            "running very fast today",
+            [],
+            ("ru", "nning very fast today"),
+            ("running very", "fast today"),
+        ),
+        ("the red car", ["car"], None, None),
+        ("", [], None, None),
+    ],
+)
+def test_subjects_and_attributes_by_the_specification(caption, nouns, released, fixed):
+    """fti4cir.md 2.2, golden cases, and what is sensible instead."""
+    tag = tagger(*nouns)
+    assert imagenet.split_caption(caption, tag) == released
+    assert imagenet.split_caption(caption, tag, "fixed") == (released if fixed is ... else fixed)
+
+
+def test_captions_become_pairs_that_train(copied):
+    root = copied("imagenet")
+    said = {"00000001": "the red car", "00000002": "a brown dog laying on the grass"}
+    imagenet.write_pairs(root / "blip_pairs.json", said, tagger("dog"))
+    found = training_set(Data("imagenet", root=str(root), split="test"))
+    assert [raw["query"]["text"] for raw in found] == ["a brown dog | laying on the grass"]
+    assert found[0]["item"]["image"].endswith("_00000002.JPEG")
+    with pytest.raises(ValueError, match="mode is 'other'; expected released or fixed"):
+        imagenet.split_caption("a", tagger(), "other")
+
+
+def test_dialogues_of_openimages(copied):
+    texts = lambda variant: [
+        q["text"] for q in named_benchmark(f"openimages/{variant}/train").queries
+    ]
+    assert texts("dialogues") == ["hi\thow are you ?\tfine", "bye\tbye"]
+    assert texts("dialogues-context") == ["hi\thow are you ?", "bye"]
+    found = named_benchmark("openimages/dialogues/train")
+    assert [query["id"] for query in found.queries] == ["0", "2"], "the places of their lines"
+    assert found.ids[0] == "0312462f3202e152", "in the order of the list"
+    root = copied("openimages")
+    (root / "open_images.ids").unlink()
+    assert named_benchmark(f"openimages:{root}/dialogues/test").ids == sorted(found.ids)
+    (root / "test.pkl.txt").write_text("\n")
+    with pytest.raises(ValueError, match=r"test.pkl.txt holds no dialogues"):
+        named_benchmark(f"openimages:{root}/dialogues/test")
+    with pytest.raises(ValueError, match="the response of val and test is not in their files"):
+        named_benchmark("openimages/dialogues-context/test")

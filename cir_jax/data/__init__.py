@@ -7,7 +7,17 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
-from cir_jax.data import atomic, circo, cirr, coco, emoji, fashioniq, own
+from cir_jax.data import (
+    atomic,
+    captions,
+    circo,
+    cirr,
+    emoji,
+    fashioniq,
+    imagenet,
+    openimages,
+    own,
+)
 from cir_jax.data.benchmark import Benchmark, Dataset, limited
 
 if TYPE_CHECKING:
@@ -52,9 +62,12 @@ PUBLISHED: dict[str, Published] = {
     "cirr": Published(cirr.pairs, cirr.benchmark),
     "circo": Published(None, circo.benchmark),
     "atomic": Published(atomic.pairs, atomic.benchmark),
-    "coco": Published(coco.coco_pairs, coco.coco_benchmark),
-    "coco-lxmert": Published(coco.lxmert_pairs, coco.lxmert_benchmark, tuning=""),
-    "flickr30k": Published(coco.flickr30k_pairs, coco.flickr30k_benchmark),
+    "coco": Published(captions.coco_pairs, captions.coco_benchmark),
+    "coco-lxmert": Published(captions.lxmert_pairs, captions.lxmert_benchmark, tuning=""),
+    "flickr30k": Published(captions.flickr30k_pairs, captions.flickr30k_benchmark),
+    "cc3m": Published(captions.cc3m_pairs, captions.cc3m_benchmark),
+    "imagenet": Published(imagenet.pairs, None),
+    "openimages": Published(None, openimages.benchmark, tuning=""),
 }
 ROOTS = (
     "CIR_JAX_DATA"  # the environment variable of the folder that holds published data sets by name

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from cir_jax import files
 from cir_jax.data.benchmark import Benchmark, Made, numbered
 from cir_jax.data.records import Gallery
-from cir_jax.data.tables import refuse
+from cir_jax.data.tables import read_text, refuse
 from cir_jax.progress import printable
 
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
@@ -135,9 +135,7 @@ def _shape_faults(value, shape, place=""):
 
 def read_lines(path: Path) -> list[str]:
     """The lines of a UTF-8 text file, without their ends."""
-    from cir_jax.data.tables import read_text
-
-    return read_text(path).removesuffix("\n").split("\n")
+    return [line.removesuffix("\r") for line in read_text(path).removesuffix("\n").split("\n")]
 
 
 # ---- pictures ----

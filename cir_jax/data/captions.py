@@ -1,11 +1,13 @@
-"""Captions of photographs: COCO and Flickr30k in Karpathy's splits, COCO and Visual Genome in those of LXMERT.
+"""Captions of photographs: COCO and Flickr30k in Karpathy's splits, COCO and Visual Genome in LXMERT's, CC3M in Maria's.
 
 Karpathy & Fei-Fei 2015: dataset_coco.json or dataset_flickr30k.json; LXMERT (Tan & Bansal 2019), as Maria and
 Vokenization read it: lxmert/mscoco_{train,nominival,minival}.json and lxmert/vgnococo.json. Pictures of COCO are in
 train2014 and val2014, those of Flickr30k in flickr30k-images, those of Visual Genome in vg; all of them may be below
-`images`, too.
+`images`, too. Conceptual Captions as Maria has it: training.tsv and validation.tsv, lines of a caption, a tab and an id,
+and the pictures images/training/training_00009486, without an ending.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -132,7 +134,32 @@ def _lxmert_places(name):
     return _below_images(f"{folder}/{name}.jpg")
 
 
-# ---- both ----
+# ---- Conceptual Captions ----
+
+
+def cc3m_pairs(root: str, variant: str = "", split: str = "train") -> Made:
+    """Raw training pairs of Conceptual Captions, from Maria's table (shards of img2dataset are a `captioned` gallery)."""
+    return _pairs(*_cc3m(root, variant, split))
+
+
+def cc3m_benchmark(root: str, variant: str = "", split: str = "val") -> Benchmark:
+    """Captions ask for their picture among those of the split."""
+    return _benchmark(*_cc3m(root, variant, split))
+
+
+def _cc3m(root, variant, split) -> tuple[Part, list[Captioned]]:
+    part = published.part("cc3m", root, variant, split, ("tsv",), ("train", "val"))
+    name = {"train": "training", "val": "validation"}[split]
+    file, texts = part.root / f"{name}.tsv", defaultdict(list)
+    for number, line in enumerate(published.read_lines(file), 1):
+        cells = line.split("\t")
+        if len(cells) != 2 or not cells[1].strip():
+            raise ValueError(f"{file}, line {number} is no caption, tab and id: {line[:60]!r}")
+        texts[cells[1].strip()].append((f"{split}-{number}", cells[0]))
+    return part, [Captioned(key, [f"images/{name}/{key}"], said) for key, said in texts.items()]
+
+
+# ---- all ----
 
 
 def _below_images(path):
