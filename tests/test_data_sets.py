@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -91,6 +92,13 @@ def test_every_registered_set_has_a_small_one():
     assert LAYOUTS.keys() == PUBLISHED.keys() == trained | asked
     assert {name for name, _, _ in TRAINING} == trained
     assert {name.split("/")[0] for name in BENCHMARKS} == asked
+
+
+def test_the_readme_lists_every_set():
+    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+    table = readme.partition("\n## Data sets")[2].partition("\n## ")[0]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    assert set(re.findall(r"`([\w-]+)`", "".join(rows))) == {*PUBLISHED, "captioned"}
 
 
 @pytest.mark.parametrize("case", TRAINING, ids="/".join)

@@ -68,8 +68,10 @@ def _karpathy(name, root, variant, split) -> tuple[Part, list[Captioned]]:
     if name == "coco":
         shape |= {"filepath": str, "cocoid": int}
     file = part.root / f"dataset_{name}.json"
-    images = published.read_json(file, {"images": [shape]})["images"]
+    images = published.read_json(file, {"images": [{"split": str}]})["images"]
     wanted = ("train", "restval") if split == "train" else (split,)
+    images = [image for image in images if image["split"] in wanted]
+    published.check_shape(images, [shape], file)
     most = FIVE if "five" in part.flags else None
     return part, [
         Captioned(
@@ -78,7 +80,6 @@ def _karpathy(name, root, variant, split) -> tuple[Part, list[Captioned]]:
             [(str(each["sentid"]), each["raw"]) for each in image["sentences"][:most]],
         )
         for image in images
-        if image["split"] in wanted
     ]
 
 
