@@ -401,7 +401,8 @@ def check_run(run: Run, work: Workspace) -> None:
         if name is None or not len(benchmark.queries):
             continue
         asked = as_query(benchmark.queries[0], stage, run.documents)
-        parts = {"text" if part == "texts" else part: value for part, value in asked.items()}
+        several = ("texts", "wordings")
+        parts = {"text" if part in several else part: value for part, value in asked.items()}
         kinds = METHODS[method_name(work.model(name).config)][1].query_kinds
         as_example("query", parts, kinds, name)
 

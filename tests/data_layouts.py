@@ -221,6 +221,7 @@ BENCHMARKS = {
     "fashioniq/dress/val": (2, 5),
     "fashioniq/shirt-plain-reversed/val": (2, 5),
     "fashioniq/toptee-union/val": (2, 3),
+    "fashioniq/toptee-both-union/val": (2, 3),
     "fashioniq/dress/test": (2, 5),
     "cirr/rc2/val": (2, 8),
     "cirr/rc2/test1": (2, 8),

@@ -24,16 +24,19 @@ from cir_jax.data import (
     imagenet,
     named_benchmark,
     open_benchmark,
+    published,
     training_set,
 )
 from cir_jax.data import tuning_benchmark as tuned
 from cir_jax.data.columns import Columns
 from cir_jax.data.documents import DocumentSpec
 from cir_jax.data.images import ImageSpec, prepare
+from cir_jax.data.published import Asked
 from cir_jax.data.records import Gallery, open_gallery
 from cir_jax.eval import check_run, evaluate
 from cir_jax.methods.clip import ClipConfig
 from cir_jax.metrics import random_level
+from cir_jax.model import Model
 from cir_jax.retrieval import Queries
 from cir_jax.train import training_batches
 from cir_jax.workspace import Workspace
@@ -82,7 +85,7 @@ def check_side(side):
         pixels = prepare(side["image"], spec())
         assert pixels.shape == (32, 32, 3) and pixels.dtype == np.float32
     assert all(is_text(side[name]) for name in ("text", "document", "title") if name in side)
-    assert all(map(is_text, side.get("texts", ())))
+    assert all(map(is_text, (*side.get("texts", ()), *side.get("wordings", ()))))
     json.dumps({name: value for name, value in side.items() if name != "image"})
 
 
@@ -192,7 +195,9 @@ def test_training_reads_them(tiny_experiment, made):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["cirr/rc2/val", "circo/coco/val", "atomic/small/test"])
+@pytest.mark.parametrize(
+    "name", ["fashioniq/dress-both/val", "cirr/rc2/val", "circo/coco/val", "atomic/small/test"]
+)
 def test_models_are_measured_on_them(name, made, tiny_experiment, tmp_path):
     """The whole of `eval`: both indexes where they can be tuned, results and a page."""
     model = drawn(ClipConfig.tiny(tiny_experiment.method.inputs), 0)
@@ -228,6 +233,7 @@ def test_nothing_is_measured_without_answers(made):
         ("fashioniq/dress/dev", "no split 'dev'; there are train, val, test"),
         ("fashioniq/dress-union/test", "the union is of references and targets, and test has none"),
         ("coco/karpathy/restval", "no split 'restval'"),
+        ("fashioniq/dress-both-reversed/val", "both orders include the reversed one; choose"),
         ("cirr/rc1/val", "no variant 'rc1'; expected rc2"),
         ("fashoniq/dress/val", "did you mean 'fashioniq'"),
         ("fashoniq:/x/dress/val", "did you mean 'fashioniq'"),
@@ -268,6 +274,12 @@ def test_missing_pictures_are_one_error_or_left_out(copied, capsys):
         FileNotFoundError, match=r"8 of 8 pictures are missing.*no queries are left"
     ):
         named_benchmark(f"cirr:{root}/rc2-available/val")
+
+
+def test_one_of_the_best_targets_must_be_there():
+    answerable = lambda targets, *there: published._answerable(Asked("q", {}, targets), there)
+    assert answerable({"a": 1.0, "b": 1.0}, "b") and answerable({"a": 2.0, "b": 1.0}, "a")
+    assert not answerable({"a": 2.0, "b": 1.0}, "b") and answerable({})
 
 
 @pytest.mark.parametrize(
@@ -348,6 +360,37 @@ def test_texts_of_fashioniq(made):
         "Is red",
         "Is longer",
     )
+
+
+def test_both_orders_ask_by_their_mean(monkeypatch, tiny_experiment):
+    """fti4cir.md 3: unit vectors of both texts, their mean made unit; a second stage reads one."""
+    queries = named_benchmark("fashioniq/dress-both/val").queries
+    assert queries[0]["wordings"] == ("Is red and is LONGER", "is LONGER and Is Red")
+    assert queries[0]["text"] == "Is red and is LONGER"
+    assert Queries(queries, 2)[0] == {key: queries[0][key] for key in ("image", "text")}
+
+    def features(self, part, examples, *_):
+        check_side(examples[0])
+        seeds = [list(f"{each['image']}{each['text']}".encode()) for each in examples]
+        vectors = np.stack([np.random.default_rng(seed).normal(size=5) for seed in seeds])
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+    monkeypatch.setattr(Model, "features", features)
+    model = Model(ClipConfig.tiny(tiny_experiment.method.inputs), None, None)
+    asked = list(Queries(queries, 1))
+    found = model.encode("query", asked)
+    one = [
+        model.encode(
+            "query",
+            [{**q, "text": q["wordings"][n]} | {"wordings": [q["wordings"][n]]} for q in asked],
+        )
+        for n in (0, 1)
+    ]
+    mean = (one[0] + one[1]) / 2
+    assert np.allclose(found, mean / np.linalg.norm(mean, axis=1, keepdims=True), atol=1e-12)
+    assert not np.allclose(found, one[0], atol=1e-2)
+    with pytest.raises(ValueError, match="some queries have `wordings` and some have not"):
+        model.encode("query", [asked[0], {"text": "x"}])
 
 
 def test_layouts_of_fashioniq(copied):
@@ -459,6 +502,19 @@ def test_what_asks_for_pictures_of_atomic():
     assert [raw["group"] for raw in training_set(Data("atomic"))] == [0, 1, 2, 3]
 
 
+def test_rows_without_entities_ask_by_their_summary_or_title(copied):
+    root = copied("atomic")
+    entities = root / "atomic_train_entities.json"
+    entities.write_text(json.dumps([[], ["a"], [], ["b"]]))
+    texts = lambda: [
+        raw["query"]["text"]
+        for raw in training_set(Data("atomic", root=str(root), variant="entities"))
+    ]
+    assert texts() == ["Summary 0", "a", "Summary 1", "b"]
+    (root / "atomic_train_summaries.json").unlink()
+    assert texts() == ["Harbour 0", "a", "Harbour 1", "b"]
+
+
 def test_extracts_of_cfir_serve_the_benchmark(made, tmp_path):
     atomic.write_extracts(made / "atomic", "test", tmp_path / "x.jsonl")
     document = DocumentSpec(source=str(tmp_path / "x.jsonl"))
@@ -476,6 +532,8 @@ def test_faults_of_atomic(copied, capsys):
     with pytest.raises(FileNotFoundError, match=r"2 of 3 pictures are missing \(first: uuid-"):
         named_benchmark(f"atomic:{root}/small/test")
     few = named_benchmark(f"atomic:{root}/small-available/test")
+    base = named_benchmark(f"atomic:{root}/base-available/train")
+    assert len(base.gallery) == 7 and len(base.queries) == 3
     assert few.ids == ["uuid-6"] and [q["id"] for q in few.queries] == ["projected-6"]
     assert "1 of 2 queries are left out" in capsys.readouterr().err
     (root / "atomic_test_entities.json").write_text("[[]]")

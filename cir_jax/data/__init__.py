@@ -69,9 +69,8 @@ PUBLISHED: dict[str, Published] = {
     "imagenet": Published(imagenet.pairs, None),
     "openimages": Published(None, openimages.benchmark, tuning=""),
 }
-ROOTS = (
-    "CIR_JAX_DATA"  # the environment variable of the folder that holds published data sets by name
-)
+# The environment variable of the folder that holds published data sets by name.
+ROOTS = "CIR_JAX_DATA"
 
 
 def training_set(data: "Data") -> Dataset:
@@ -186,7 +185,6 @@ def benchmark_parts(name: str) -> tuple[str, str, str]:
         return base, *rest
     if os.path.isdir(name):
         return os.path.normpath(name), own.VARIANT, own.SPLIT
-    base, *rest = name.rsplit("/", 2)
     if len(rest) == 2 and rest[1] == own.SPLIT and _without_limit(rest[0])[0] == own.VARIANT:
         return base, *rest
     known = [*BENCHMARKS, *(each for each in PUBLISHED if is_registered(each))]

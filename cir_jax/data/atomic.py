@@ -44,7 +44,7 @@ def pairs(root: str, variant: str = "", split: str = "train") -> Made:
     texts, pictures = _texts(part, rows), _Pictures(part, {image for _, image in rows})
     given = None
     if part.kind != "fields" and "builtin" not in part.flags:
-        given = _cfir(part.root, split, part.kind, len(rows))
+        given = _asked_by_cfir(part, len(rows))
     missing = Missing(part, {image: (IMAGES,) for _, image in rows}, pictures)
     kept = [row for row, (text, image) in enumerate(rows) if text in texts and image in pictures]
     missing.tell(len(kept), len(rows), "pairs")
@@ -184,6 +184,17 @@ class _Pictures(Mapping):
 
 def _cfir_file(root: Path, split: str, kind: str) -> Path:
     return root / f"atomic_{SPLITS[split]}_{kind}.json"
+
+
+def _asked_by_cfir(part: Part, rows: int) -> list[str]:
+    """The text of each row of the qrels; where there are no entities the summary, if that file is there."""
+    texts = _cfir(part.root, part.split, part.kind, rows)
+    if all(texts) or not _cfir_file(part.root, part.split, "summaries").is_file():
+        return texts
+    return [
+        text or summary
+        for text, summary in zip(texts, _cfir(part.root, part.split, "summaries", rows))
+    ]
 
 
 def _cfir(root: Path, split: str, kind: str, rows: int, joined: bool = True) -> Sequence:

@@ -22,7 +22,8 @@ class Benchmark:
 
     Args:
       name, variant, split: together they name the benchmark, in results and when it is made again.
-      queries: raw queries with some of `image`, `text`, `document`, `id`.
+      queries: raw queries with some of `image`, `text`, `document`, `id`; beside `text`, `wordings` may say it in
+        several ways, whose mean asks in the first stage.
       gallery: raw items with some of `image`, `text`, `id`.
       ids: the id of each gallery row.
       positives: per query, gallery row -> grade (above 0) of every right answer.

@@ -4,6 +4,8 @@ captions/cap.{dress,shirt,toptee}.{train,val,test}.json, image_splits/split.….
 images/ID.jpg, images/ID.png, or ID.jpg in a folder for each category.
 """
 
+from collections.abc import Sequence
+
 from cir_jax.data import published
 from cir_jax.data.benchmark import Benchmark, Made
 from cir_jax.data.published import Asked, Pair, Part
@@ -38,13 +40,22 @@ def benchmark(root: str, variant: str = "", split: str = "val") -> Benchmark:
         easier, never to be compared with the other);
       plain: the captions as they are, joined by "and" (MagicLens); without it they lose `ENDS` and the first begins
         with a capital;
-      reversed: the second caption first (with `plain` as Pic2Word; else, without the capital, the second text of
-        SEARLE, LinCIR and FTI4CIR).
+      reversed: the second caption first (with `plain` as Pic2Word);
+      both: the mean of the two orders asks (FTI4CIR, SEARLE and LinCIR; the reversed one has no capital); a second
+        stage reads the usual one.
     The targets of `test` are not published.
     """
     part = published.part(
-        "fashioniq", root, variant, split, CATEGORIES, SPLITS, ("union", "plain", "reversed")
+        "fashioniq",
+        root,
+        variant,
+        split,
+        CATEGORIES,
+        SPLITS,
+        ("union", "plain", "reversed", "both"),
     )
+    if {"both", "reversed"} <= set(part.flags):
+        raise ValueError(f"{part.title}: both orders include the reversed one; choose one flag")
     if "union" in part.flags and split == "test":
         raise ValueError(f"{part.title}: the union is of references and targets, and test has none")
     records = _records(part, part.kind)
@@ -57,7 +68,7 @@ def benchmark(root: str, variant: str = "", split: str = "val") -> Benchmark:
     asked = [
         Asked(
             id=f"{part.kind}-{split}-{row}",
-            asks={"text": text(*record["captions"], part)},
+            asks=_asks(*record["captions"], part.flags),
             targets={record["target"]: 1.0} if "target" in record else {},
             reference=record["candidate"],
         )
@@ -66,13 +77,14 @@ def benchmark(root: str, variant: str = "", split: str = "val") -> Benchmark:
     return published.benchmark(part, asked, _places(ids), METRICS)
 
 
-def text(first: str, second: str, part: Part) -> str:
+def _asks(first: str, second: str, flags: Sequence[str]) -> dict:
     """The captions of a query as one text, by the flags of `benchmark`."""
-    if "plain" not in part.flags:
+    usual, turned = f"{first} and {second}", f"{second} and {first}"
+    if "plain" not in flags:
         first, second = first.strip(ENDS), second.strip(ENDS)
-    if "reversed" in part.flags:
-        return f"{second} and {first}"
-    return f"{first if 'plain' in part.flags else first.capitalize()} and {second}"
+        usual, turned = f"{first.capitalize()} and {second}", f"{second} and {first}"
+    both = {"wordings": (usual, turned)} if "both" in flags else {}
+    return {"text": turned if "reversed" in flags else usual, **both}
 
 
 def wordings(first: str, second: str) -> tuple[str, str, str, str]:
