@@ -21,8 +21,11 @@ MethodConfig = TypeVar("MethodConfig")
 
 @dataclass(frozen=True)
 class Data:
-    """One training set: a built-in one, or `pairs` or `triplets` in the table `root` (`cir_jax.data.own`).
+    """One training set: built in, published in the folder `root`, `pairs` or `triplets` in the table `root`, or
+    `captioned` pictures of the gallery `root`.
 
+    `cir_jax.data` has the names; of published sets, `root` may be left out where `$CIR_JAX_DATA/NAME` or `data/NAME` is
+    it. An empty `variant` is the usual one.
     `weight` is its number of batches in each round over all training sets: every batch comes from one set only, so
     sets whose queries have different parts (text, picture and text) can train together. `block` consecutive rows of
     the set always share a batch: hard negatives for each other where the set puts what is alike together.
@@ -30,7 +33,7 @@ class Data:
 
     name: str
     root: str = ""
-    variant: str = "both"
+    variant: str = ""
     split: str = "train"
     weight: int = 1
     block: int = 1
@@ -82,7 +85,7 @@ class Mesh:
 class Experiment(Generic[MethodConfig]):
     """Everything a training run needs.
 
-    `evals` are benchmarks as `name/variant/split`, or folders of one's own; the checkpoint with the best mean of `best` over them is kept.
+    `evals` are benchmarks as in `Run`; the checkpoint with the best mean of `best` over them is kept.
     A re-ranker is measured on the 50 best candidates of the model `retriever`. `init` maps a parameter prefix to the
     checkpoint it starts from, the prefix "" being the whole model, or the path of one parameter to an `.npy` or
     `.npz` file (`cir_jax.warm_start`).
@@ -103,7 +106,8 @@ class Experiment(Generic[MethodConfig]):
 class Run:
     """One evaluation: who retrieves what, with which index, and who re-ranks its k best candidates.
 
-    `benchmark` is `name/variant/split` of a built-in one, or a folder with queries and a gallery (`cir_jax.data.own`).
+    `benchmark` is `name/variant/split` of a built-in or published one, `name:root/variant/split` of a published one in the
+    folder `root`, or a folder with queries and a gallery (`cir_jax.data.own`).
     `fusion` is the weight of stage 1's score in the second stage's order (`cir_jax.retrieval.rerank`); `documents` says
     where the entities and summaries of documents come from.
     """

@@ -28,7 +28,11 @@ from cir_jax.progress import printable
 from cir_jax.typed import to_json
 from cir_jax.workspace import Outcome, Workspace, digest
 
-SHOWN = ("recall@1", "recall@5", "recall@10", "mrr")  # in the table; the rest is in results.json
+# In the table, where a benchmark has them; the rest is in results.json.
+SHOWN = (
+    *("recall@1", "recall@5", "recall@10", "recall@50"),
+    *("map@5", "map@10", "mrr@10", "mrr"),
+)
 TIMED = 10  # hits of the searches that are timed, and compared between indexes
 SCANN_DEPTH = 100  # how many hits are asked of an approximate index
 SCANN_RECALL = 0.99  # what a ScaNN index is tuned to, against the exact list
@@ -165,13 +169,13 @@ def _tuning_queries(run: Run, work: Workspace) -> np.ndarray | None:
 
     None if that is evaluated, or if there is none because the benchmark is a folder of one's own.
     """
-    from cir_jax.data import BENCHMARKS, benchmark_parts
+    from cir_jax.data import tuning_benchmark
     from cir_jax.retrieval import Queries
 
-    name, variant, split = benchmark_parts(run.benchmark)
-    if split == "val" or name not in BENCHMARKS:
+    name = tuning_benchmark(run.benchmark)
+    if name is None:
         return None
-    asked = Queries(work.benchmark(f"{name}/{variant}/val").queries, 1, run.documents)
+    asked = Queries(work.benchmark(name).queries, 1, run.documents)
     vectors = work.model(run.retriever).encode("query", asked, work.batch_size)
     return vectors[0][vectors[1]] if isinstance(vectors, tuple) else vectors
 
@@ -336,7 +340,7 @@ def with_variants(evaluation: Evaluation, variants: tuple[str, ...]) -> Evaluati
 
     Benchmarks of one's own have no variants and stay as they are.
     """
-    from cir_jax.data import BENCHMARKS, benchmark_parts
+    from cir_jax.data import benchmark_parts, is_registered
 
     if not variants:
         return evaluation
@@ -344,7 +348,7 @@ def with_variants(evaluation: Evaluation, variants: tuple[str, ...]) -> Evaluati
     for run, variant in itertools.product(evaluation.runs, variants):
         name, old, split = benchmark_parts(run.benchmark)
         new = "-".join([variant, *old.split("-")[1:]])
-        other = f"{name}/{new}/{split}" if name in BENCHMARKS else run.benchmark
+        other = f"{name}/{new}/{split}" if is_registered(name) else run.benchmark
         runs.append(dataclasses.replace(run, benchmark=other))
     return Evaluation(tuple(dict.fromkeys(runs)))
 
@@ -385,19 +389,24 @@ def evaluate(evaluation: Evaluation, output: Path, batch_size: int = 128) -> lis
 
 
 def check_run(run: Run, work: Workspace) -> None:
-    """Refuse, before anything is computed, a run whose models cannot read the queries of its benchmark."""
+    """Refuse, before anything is computed, a benchmark without answers, and models that cannot read its queries."""
     from cir_jax.methods import METHODS, method_name, reranks
     from cir_jax.model import as_example
     from cir_jax.retrieval import as_query
 
     benchmark = work.benchmark(run.benchmark)
+    if not any(benchmark.positives):
+        raise ValueError(
+            f"the answers of {run.benchmark} are not published, so that nothing can be measured here"
+        )
     if reranks(work.model(run.retriever).config):
         raise ValueError(f"{run.retriever} is a re-ranker; a run needs a retriever before it")
     for stage, name in enumerate((run.retriever, run.reranker), 1):
         if name is None or not len(benchmark.queries):
             continue
         asked = as_query(benchmark.queries[0], stage, run.documents)
-        parts = {"text" if part == "texts" else part: value for part, value in asked.items()}
+        several = ("texts", "wordings")
+        parts = {"text" if part in several else part: value for part, value in asked.items()}
         kinds = METHODS[method_name(work.model(name).config)][1].query_kinds
         as_example("query", parts, kinds, name)
 

@@ -272,7 +272,15 @@ def _chance(p: float) -> str:
 
 
 def _metric(name: str) -> str:
-    short = {"subset_recall": "subset R", "recall": "R", "map": "mAP", "ndcg": "nDCG", "mrr": "MRR"}
+    short = {
+        "subset_recall": "subset R",
+        "target_recall": "target R",
+        "trec_recall": "share found",
+        "recall": "R",
+        "map": "mAP",
+        "ndcg": "nDCG",
+        "mrr": "MRR",
+    }
     kind, at, k = name.partition("@")
     return f"{short.get(kind, kind)}{at}{k}"
 

@@ -302,8 +302,8 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
-def read_json(path: str | os.PathLike) -> dict[str, Any]:
-    """The JSON object in a file; ValueError naming the file if it is cut or is not a JSON object."""
+def read_json(path: str | os.PathLike, kind: type = dict) -> Any:
+    """The JSON object (or list) in a file; ValueError naming the file if it is cut or is something else."""
     path = local_path(path)
     with reported(path, "read"):
         content = path.read_bytes()
@@ -315,9 +315,10 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
         raise ValueError(
             f"{path.absolute()} is not complete JSON ({at}); it was cut or overwritten, make it again"
         ) from error
-    if not isinstance(value, dict):
+    if not isinstance(value, kind):
+        wanted = "an object" if kind is dict else "a list"
         raise ValueError(
-            f"{path.absolute()} holds a JSON {type(value).__name__}, expected an object"
+            f"{path.absolute()} holds a JSON {type(value).__name__}, expected {wanted}"
         )
     return value
 

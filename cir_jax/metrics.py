@@ -1,9 +1,12 @@
 """How well ranked lists answer a benchmark: pure numpy, on rows.
 
-Metrics are fractions, named `recall@k`, `subset_recall@k`, `map@k`, `ndcg@k` and `mrr`:
+Metrics are fractions, named `recall@k`, `target_recall@k`, `trec_recall@k`, `subset_recall@k`,
+`map@k`, `ndcg@k`, `mrr@k` and `mrr`:
 - recall@k: a query counts 1 if any right answer is among its first k hits;
+- target_recall@k: the same for right answers of the query's highest grade (as in CIRCO);
+- trec_recall@k: the share of its right answers among its first k hits (as trec_eval's `recall_k`);
 - subset_recall@k: the same after everything outside the query's subset is struck out (as in CIRR);
-- mrr: 1 / rank of the first right answer;
+- mrr: 1 / rank of the first right answer; mrr@k: 0 if it is not among the first k hits;
 - map@k: precision at each right answer of the first k, summed, over min(k, right answers) (as in
   CIRCO);
 - ndcg@k: grades discounted by 1 / log2(rank + 1), over the best order possible.
@@ -22,7 +25,7 @@ import numpy as np
 from cir_jax.data.benchmark import Benchmark
 
 _UNLIMITED = ("mrr", "subset_recall")  # a right answer counts wherever it stands
-_NAME = re.compile(r"(recall|subset_recall|map|ndcg)@([1-9]\d*)|mrr")
+_NAME = re.compile(r"(recall|subset_recall|target_recall|trec_recall|map|ndcg|mrr)@([1-9]\d*)|mrr")
 
 
 class _Judged(NamedTuple):
@@ -102,13 +105,16 @@ def depth(benchmark: Benchmark, metrics: Sequence[str] | None = None) -> int:
 
 
 def by_rule(
-    values: Mapping[str, np.ndarray], rules: Sequence[str]
+    values: Mapping[str, np.ndarray], rules: Sequence[str | tuple[str, ...]]
 ) -> dict[str, dict[str, float | int]]:
-    """Means per kind of query, `{rule: {"queries": n, metric: mean}}`, sorted by rule."""
-    labels = np.asarray(rules)
+    """Means per kind of query, `{rule: {"queries": n, metric: mean}}`, sorted by rule.
+
+    A query with several labels counts for each of them.
+    """
+    labels = [{rule} if isinstance(rule, str) else set(rule) for rule in rules]
     table = {}
-    for rule in sorted(set(rules)):
-        chosen = labels == rule
+    for rule in sorted(set().union(*labels)):
+        chosen = np.array([rule in own for own in labels])
         means = {name: float(value[chosen].mean()) for name, value in values.items()}
         table[rule] = {"queries": int(chosen.sum()), **means}
     return table
@@ -198,11 +204,12 @@ def _parse(name, benchmark):
     if not match:
         raise ValueError(
             f"no metric is named {name!r}; "
-            f"there are recall@k, subset_recall@k, map@k, ndcg@k and mrr"
+            f"there are recall@k, target_recall@k, trec_recall@k, subset_recall@k, map@k, ndcg@k, "
+            f"mrr@k and mrr"
         )
     if match[1] == "subset_recall" and not benchmark.subset:
         raise ValueError(f"{name}: {benchmark.name}/{benchmark.variant} has no subsets")
-    return match[1] or "mrr", int(match[2] or 1)
+    return f"{match[1]}@" if match[1] == "mrr" else match[1] or "mrr", int(match[2] or 1)
 
 
 def _checked(rows, queries):
@@ -327,6 +334,16 @@ def _recall(judged, k):
     return (judged.grades[:, :k] > 0).any(axis=1).astype(np.float64)
 
 
+def _target_recall(judged, k):
+    best = np.array([case.grades[0] for case in judged.cases])
+    return (judged.grades[:, :k] == best[:, None]).any(axis=1).astype(np.float64)
+
+
+def _trec_recall(judged, k):
+    right = [len(case.grades) for case in judged.cases]
+    return (judged.grades[:, :k] > 0).sum(axis=1) / right
+
+
 def _subset_recall(judged, k):
     first = judged.inside & (np.cumsum(judged.inside, axis=1) <= k)
     return ((judged.grades > 0) & first).any(axis=1).astype(np.float64)
@@ -335,6 +352,10 @@ def _subset_recall(judged, k):
 def _reciprocal(judged, _):
     right = judged.grades > 0
     return np.where(right.any(axis=1), 1 / (1 + right.argmax(axis=1)), 0.0)
+
+
+def _reciprocal_within(judged, k):
+    return _reciprocal(judged._replace(grades=judged.grades[:, :k]), k)
 
 
 def _average_precision(judged, k):
@@ -369,6 +390,10 @@ def _expected_reciprocal(case, _, length):
     return (missed[:-1] - missed[1:]) @ (1 / np.arange(1, len(missed)))
 
 
+def _expected_target(case, k, _):
+    return 1 - _missed(case.items, case.grades.count(case.grades[0]), k)[-1]
+
+
 def _expected_precision(case, k, _):
     right, place = len(case.grades), np.arange(min(k, case.items))
     before = place * (right - 1) / max(case.items - 1, 1)
@@ -383,8 +408,11 @@ def _expected_gain(case, k, _):
 # kind -> values [Q] of judged lists
 _VALUES = {
     "recall": _recall,
+    "target_recall": _target_recall,
+    "trec_recall": _trec_recall,
     "subset_recall": _subset_recall,
     "mrr": _reciprocal,
+    "mrr@": _reciprocal_within,
     "map": _average_precision,
     "ndcg": _gain,
 }
@@ -392,8 +420,11 @@ _VALUES = {
 # kind -> expectation over random orders, of (case, k, length of the list)
 _EXPECTED = {
     "recall": lambda case, k, _: 1 - _missed(case.items, len(case.grades), k)[-1],
+    "target_recall": _expected_target,
+    "trec_recall": lambda case, k, _: min(k, case.items) / case.items,
     "subset_recall": lambda case, k, _: 1 - _missed(case.near, case.near_right, k)[-1],
     "mrr": _expected_reciprocal,
+    "mrr@": lambda case, k, length: _expected_reciprocal(case, k, min(k, length)),
     "map": _expected_precision,
     "ndcg": _expected_gain,
 }

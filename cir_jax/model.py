@@ -78,7 +78,8 @@ class Model:
 
         Queries that ask several times, `{"texts": […]}` (the entities of a document), give `([N, M, D], mask [N, M])`,
         a vector for each text and True where there is one; M is the largest number of texts. So do all queries of a
-        method by whose `query` every token asks; there M counts tokens.
+        method by whose `query` every token asks; there M counts tokens. Queries that say one thing in several ways,
+        `{"wordings": […]}`, give one vector, the unit mean of those of the wordings.
 
         Args:
           part: the side of the model; an item is a picture (of a model of texts a text), a query may be text, a
@@ -103,7 +104,21 @@ class Model:
             return self._encode_asks(
                 [query.get("texts") for query in examples], batch_size, progress
             )
+        if part == "query" and isinstance(first, Mapping) and "wordings" in first:
+            return self._encode_wordings(examples, batch_size, progress)
         return self.features(part, examples, batch_size, progress)
+
+    def _encode_wordings(self, queries, batch_size, progress):
+        """Every wording of every query as a query of its own, then their unit mean."""
+        counts = [len(query.get("wordings", ())) for query in queries]
+        if not all(counts):
+            raise ValueError("some queries have `wordings` and some have not; encode these apart")
+        asks = [{**query, "text": text} for query in queries for text in query["wordings"]]
+        vectors = self.features("query", asks, batch_size, progress)
+        if isinstance(vectors, tuple):
+            raise ValueError(f"{self.name or 'this model'} asks with tokens, which have no mean")
+        sums = np.add.reduceat(vectors, np.cumsum([0, *counts[:-1]]))
+        return sums / np.linalg.norm(sums, axis=1, keepdims=True)
 
     def _encode_asks(self, texts, batch_size, progress):
         """Every text of every query as a query of its own, then put back together."""

@@ -42,10 +42,14 @@ def check_fingerprint(model: Model, index: Index) -> None:
 
 
 def as_query(raw: Mapping, stage: int, spec: DocumentSpec | None = None) -> dict:
-    """What a raw query asks in a stage: a document first by its entities, then by its summary; others as they are."""
+    """What a raw query asks in a stage: a document first by its entities, then by its summary; others as they are.
+
+    `wordings` stand for the text in the first stage, `text` in the second.
+    """
     if raw.get("document") is not None:
         return document_query(raw, "entities" if stage == 1 else "summary", spec)
-    return {part: raw[part] for part in ("image", "text") if raw.get(part) is not None}
+    words = "wordings" if stage == 1 and raw.get("wordings") else "text"
+    return {part: raw[part] for part in ("image", words) if raw.get(part) is not None}
 
 
 class Queries(Sequence):

@@ -9,7 +9,19 @@ import pytest
 from cir_jax import metrics
 from cir_jax.data.benchmark import Benchmark
 
-ALL = ("recall@1", "recall@3", "map@3", "ndcg@3", "mrr", "subset_recall@1", "subset_recall@2")
+ALL = (
+    *(
+        "recall@1",
+        "recall@3",
+        "target_recall@3",
+        "trec_recall@3",
+        "map@3",
+        "ndcg@3",
+        "mrr@3",
+        "mrr",
+    ),
+    *("subset_recall@1", "subset_recall@2"),
+)
 
 
 def made(positives, items, exclude=(), subset=(), rules=(), names=("recall@1", "mrr")):
@@ -57,6 +69,9 @@ def brute_force(row, right, reference, near):
     gain = lambda grades: sum(g / np.log2(k + 2) for k, g in enumerate(grades[:3]))
     best = sorted(right.values(), reverse=True)
     values["ndcg@3"] = gain([right.get(r, 0) for r in ranked]) / gain(best)
+    values["mrr@3"] = values["mrr"] if found and found[0] < 3 else 0
+    values["trec_recall@3"] = len([f for f in found if f < 3]) / len(right)
+    values["target_recall@3"] = float(any(right.get(r) == best[0] for r in ranked[:3]))
     closed = [r for r in ranked if r in near]
     for k in (1, 2):
         values[f"subset_recall@{k}"] = float(any(r in right for r in closed[:k]))
@@ -122,6 +137,9 @@ def test_tables_by_rule():
         "a": {"queries": 1, "recall@1": 0, "mrr": 0.5},
         "b": {"queries": 2, "recall@1": 1, "mrr": 1},
     }
+    several = metrics.by_rule(values, [("b", "a"), ("a",), ()])
+    assert several["a"] == {"queries": 2, "recall@1": 0.5, "mrr": 0.75}
+    assert several["b"] == {"queries": 1, "recall@1": 1, "mrr": 1}
 
 
 def test_overlap():
@@ -284,7 +302,7 @@ def test_paired_p_is_uniform_under_the_null():
 # ---- what is refused ----
 
 
-@pytest.mark.parametrize("name", ["recall", "recall@0", "recall@-1", "precision@5", "mrr@5", ""])
+@pytest.mark.parametrize("name", ["recall", "recall@0", "recall@-1", "precision@5", "mrr@0", ""])
 def test_unknown_metrics_are_refused(name):
     with pytest.raises(ValueError, match=r"no metric is named .*there are recall@k"):
         metrics.evaluate(np.array([[0]]), made([{0: 1.0}], 1), [name])

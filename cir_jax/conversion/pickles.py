@@ -173,11 +173,12 @@ class Machine:
     below: list = field(default_factory=list)
     memo: dict = field(default_factory=dict)
     steps: int = 0
+    most: int = MOST_STEPS
 
     def count(self, steps: int) -> None:
         self.steps += steps
-        if self.steps > MOST_STEPS:
-            raise refused(f"its pickle takes more than {MOST_STEPS:,} steps")
+        if self.steps > self.most:
+            raise refused(f"its pickle takes more than {self.most:,} steps")
 
     def copy(self, size: int) -> None:
         self.spare -= size
@@ -210,7 +211,7 @@ class Machine:
         return values
 
 
-def load(stream: Any, size: int, storage: Callable[[tuple], Any]) -> Any:
+def load(stream: Any, size: int, storage: Callable[[tuple], Any], steps: int = MOST_STEPS) -> Any:
     """The value that a pickle describes, of plain Python values and the records of this module.
 
     Args:
@@ -218,11 +219,12 @@ def load(stream: Any, size: int, storage: Callable[[tuple], Any]) -> Any:
         `readline` must themselves be bounded by what is there.
       size: bytes of the stream, which bounds what may be copied.
       storage: gives what a persistent id stands for, or raises ValueError.
+      steps: instructions and copied items it may take.
 
     Raises:
       ValueError: an instruction or a name outside the closed lists (it is named), or a damaged pickle.
     """
-    machine = Machine(storage, spare=min(size, MOST_BYTES))
+    machine = Machine(storage, spare=min(size, MOST_BYTES), most=steps)
     while True:
         code = stream.read(1)
         known = _INSTRUCTIONS.get(code)

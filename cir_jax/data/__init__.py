@@ -6,9 +6,20 @@ import functools
 import os
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from cir_jax.data import emoji, own, packed
+from cir_jax.data import (
+    atomic,
+    captions,
+    circo,
+    cirr,
+    emoji,
+    fashioniq,
+    imagenet,
+    openimages,
+    own,
+    packed,
+)
 from cir_jax.data.benchmark import Benchmark, Dataset, limited
 from cir_jax.data.records import open_gallery
 
@@ -22,8 +33,12 @@ DATASETS: dict[str, Callable[..., Dataset]] = {
     "emoji-documents": emoji.document_pairs,
 }
 
-# name -> function(root) of the same, from a table of one's own
-TABLES: dict[str, Callable[[str], Dataset]] = {"pairs": own.pairs, "triplets": own.triplets}
+# name -> function(root) of the same, from a table or a gallery of one's own
+TABLES: dict[str, Callable[[str], Dataset]] = {
+    "pairs": own.pairs,
+    "triplets": own.triplets,
+    "captioned": own.captioned,
+}
 
 # name -> function(variant=, split=) of a Benchmark
 BENCHMARKS: dict[str, Callable[..., Benchmark]] = {
@@ -38,27 +53,72 @@ PARTS = {
     "emoji-text": (("both/train",), _STYLES),
     "emoji-composed": (("both/train",), _STYLES),
     "emoji-documents": (("both/train",), _STYLES),
+    "fashioniq": (("all/train",), ("dress/val", "shirt/val", "toptee/val")),
+    "cirr": (("rc2/train",), ("rc2/val", "rc2/test1")),
+    "circo": ((), ("coco/val", "coco/test")),
+    "atomic": (("fields/train",), ("small/val", "small/test")),
+    "coco": (("karpathy/train",), ("karpathy/val", "karpathy/test")),
+    "flickr30k": (("karpathy/train",), ("karpathy/val", "karpathy/test")),
+    "cc3m": (("tsv/train",), ("tsv/val",)),
+    "imagenet": (("blip/test",), ()),
 }
 # What `python -m cir_jax.data` calls data of one's own beside `TABLES`.
 FOLDERS = ("benchmark", "gallery")
+
+
+class Published(NamedTuple):
+    """A data set of others, read from its folder in the original layout (`cir_jax.data.published`).
+
+    `pairs` and `benchmark` are functions (root, variant, split), None where it has none of that; an empty variant is
+    the usual one. An approximate index is tuned on the queries of the split `tuning`.
+    """
+
+    pairs: Callable[[str, str, str], Dataset] | None
+    benchmark: Callable[[str, str, str], Benchmark] | None
+    tuning: str = "val"
+
+
+PUBLISHED: dict[str, Published] = {
+    "fashioniq": Published(fashioniq.pairs, fashioniq.benchmark),
+    "cirr": Published(cirr.pairs, cirr.benchmark),
+    "circo": Published(None, circo.benchmark),
+    "atomic": Published(atomic.pairs, atomic.benchmark),
+    "coco": Published(captions.coco_pairs, captions.coco_benchmark),
+    "coco-lxmert": Published(captions.lxmert_pairs, captions.lxmert_benchmark, tuning=""),
+    "flickr30k": Published(captions.flickr30k_pairs, captions.flickr30k_benchmark),
+    "cc3m": Published(captions.cc3m_pairs, captions.cc3m_benchmark),
+    "imagenet": Published(imagenet.pairs, None),
+    "openimages": Published(None, openimages.benchmark, tuning=""),
+}
+# The environment variable of the folder that holds published data sets by name.
+ROOTS = "CIR_JAX_DATA"
 
 
 def training_set(data: "Data") -> Dataset:
     """The raw pairs that one entry of `Experiment.data` names.
 
     Raises:
+      FileNotFoundError: a published data set that is not there, or lacks files.
       ValueError: an unknown name, variant or split; the message lists the known ones. A table of
         one's own without its path, or one that cannot be read (`cir_jax.data.own`).
     """
-    make = _known("data set", data.name, DATASETS | TABLES)
+    trained = {name: each.pairs for name, each in PUBLISHED.items() if each.pairs}
+    make = _known("data set", data.name, DATASETS | TABLES | trained)
     if data.root and packed.is_packed(data.root):
         part = (own.VARIANT, own.SPLIT) if data.name in TABLES else (data.variant, data.split)
         return packed.Packed(data.root).training(data.name, *part)
     if data.name in TABLES:
         return make(_table_of(data))
+    if data.name in PUBLISHED:
+        return make(data.root or _usual_root(data.name), data.variant, data.split)
     if data.root:
         raise ValueError(f"{data.name} is built in and has no root; found {data.root!r}")
-    return make(variant=data.variant, split=data.split)
+    return make(**({"variant": data.variant} if data.variant else {}), split=data.split)
+
+
+def _usual_root(name: str) -> str:
+    """Where a published data set is if nothing else is said: `$CIR_JAX_DATA/NAME`, without that `data/NAME`."""
+    return os.path.join(os.environ.get(ROOTS) or "data", name)
 
 
 def _table_of(data) -> str:
@@ -79,26 +139,51 @@ def _table_of(data) -> str:
     return data.root
 
 
-def open_benchmark(name: str, variant: str = "noto", split: str = "test", **options) -> Benchmark:
+def open_benchmark(name: str, variant: str = "", split: str = "test", **options) -> Benchmark:
     """A benchmark; `open_benchmark(b.name, b.variant, b.split)` makes `b` again.
 
     Args:
-      name: a key of `BENCHMARKS`.
-      variant: for the emoji a drawing style, `noto` or `twemoji`, then flags: `noto-full`.
-      split: `val` or `test`.
-      options: further arguments of that benchmark, as `gallery="full"`.
+      name: a key of `BENCHMARKS`; or of `PUBLISHED`, with or without a root: `cirr`, `cirr:FOLDER`.
+      variant: for the emoji a drawing style, `noto` or `twemoji`, then flags: `noto-full`; empty for
+        the usual one.
+      split: `val` or `test`, or what a published set calls them.
+      options: further arguments of a built-in benchmark, as `gallery="full"`.
 
     Raises:
+      FileNotFoundError: a published data set that is not there, or lacks files.
       ValueError: an unknown name, variant or split; the message lists the known ones.
     """
-    return _known("benchmark", name, BENCHMARKS)(variant=variant, split=split, **options)
+    base, _, root = name.partition(":")
+    asked = {base: each.benchmark for base, each in PUBLISHED.items() if each.benchmark}
+    if base not in asked:
+        options |= {"variant": variant} if variant else {}
+        return _known("benchmark", name, BENCHMARKS | asked)(split=split, **options)
+    found = asked[base](root or _usual_root(base), variant, split, **options)
+    return dataclasses.replace(found, name=name)
+
+
+def is_registered(name: str) -> bool:
+    """True of a name, with or without a root, that `open_benchmark` knows; False of a folder of one's own."""
+    base = name.partition(":")[0]
+    return name in BENCHMARKS or (base in PUBLISHED and PUBLISHED[base].benchmark is not None)
+
+
+def tuning_benchmark(name: str) -> str | None:
+    """The benchmark with whose queries an index for another is tuned; None if it is that one, or there is none."""
+    base, variant, split = benchmark_parts(name)
+    if not is_registered(base):
+        return None
+    known = PUBLISHED.get(base.partition(":")[0])
+    tuning = known.tuning if known else "val"
+    return f"{base}/{variant}/{tuning}" if tuning and tuning != split else None
 
 
 def named_benchmark(name: str) -> Benchmark:
     """The benchmark that a config names.
 
     Args:
-      name: `name/variant/split` of a registered one, or the folder of one's own (`own.benchmark`).
+      name: `name/variant/split` of a registered one, `name:root/variant/split` of a published one
+        with its folder, or the folder of one's own (`own.benchmark`).
         A variant may end in `-first30` (`limited`); for a folder `FOLDER/own-first30/all` says so,
         which is what joining name, variant and split of its benchmark gives. Of a packed data set
         `PACKED/variant/split`, or its folder where it was packed from a folder.
@@ -108,10 +193,12 @@ def named_benchmark(name: str) -> Benchmark:
     """
     base, variant, split = benchmark_parts(name)
     full, first = _without_limit(variant)
-    if base not in BENCHMARKS and packed.is_packed(base):
+    if not is_registered(base) and packed.is_packed(base):
         benchmark = packed.Packed(base).benchmark(full, split)
     else:
-        benchmark = open_benchmark(base, full, split) if base in BENCHMARKS else own.benchmark(base)
+        benchmark = (
+            open_benchmark(base, full, split) if is_registered(base) else own.benchmark(base)
+        )
     return limited(benchmark, first) if first else benchmark
 
 
@@ -123,20 +210,20 @@ def limited_name(name: str, n: int) -> str:
 
 def benchmark_parts(name: str) -> tuple[str, str, str]:
     """(name, variant, split) of what a config calls a benchmark; a registered name wins over a folder."""
-    base, _, rest = name.partition("/")
-    if base in BENCHMARKS and rest.count("/") == 1:
-        return base, *rest.split("/")
+    base, *rest = name.rsplit("/", 2)
+    if len(rest) == 2 and is_registered(base):
+        return base, *rest
     if os.path.isdir(name):
         return os.path.normpath(name), own.VARIANT, own.SPLIT
-    base, *rest = name.rsplit("/", 2)
     if len(rest) == 2 and packed.is_packed(base):
         return base, *rest
     if len(rest) == 2 and rest[1] == own.SPLIT and _without_limit(rest[0])[0] == own.VARIANT:
         return base, *rest
-    close = difflib.get_close_matches(name.partition("/")[0], BENCHMARKS, 1)
+    known = [*BENCHMARKS, *(each for each in PUBLISHED if is_registered(each))]
+    close = difflib.get_close_matches(re.split("[/:]", name)[0], known, 1)
     raise ValueError(
         f"there is no benchmark {name!r}; expected name/variant/split, as emoji-text/noto/test, with "
-        f"one of {', '.join(BENCHMARKS)}, or a folder with queries and a gallery"
+        f"one of {', '.join(known)}, or a folder with queries and a gallery"
         + (f"; did you mean {close[0]!r}?" if close else "")
     )
 
@@ -156,7 +243,7 @@ def parts_of(
     """The parts of a data set, each with the function that opens it.
 
     Args:
-      name: a registered data set or benchmark, a key of `TABLES`, or one of `FOLDERS`.
+      name: a registered or published data set or benchmark, a key of `TABLES`, or one of `FOLDERS`.
       root: the raw data, or a packed data set.
       training, benchmarks: which, as VARIANT/SPLIT; None for all that `PARTS` has.
 
@@ -166,7 +253,7 @@ def parts_of(
     if root and packed.is_packed(root):
         found = packed.Packed(root)
         return {part: functools.partial(found.open, part) for part in found.parts}
-    _known("data set", name, dict.fromkeys((*DATASETS, *BENCHMARKS, *TABLES, *FOLDERS)))
+    _known("data set", name, dict.fromkeys((*DATASETS, *BENCHMARKS, *PUBLISHED, *TABLES, *FOLDERS)))
     if name in TABLES or name in FOLDERS:
         return {_own_part(name): functools.partial(_own, name, root)}
     usual = PARTS.get(name, ((), ()))

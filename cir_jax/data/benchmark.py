@@ -2,7 +2,7 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -23,13 +23,14 @@ class Benchmark:
 
     Args:
       name, variant, split: together they name the benchmark, in results and when it is made again.
-      queries: raw queries with some of `image`, `text`, `document`, `id`.
+      queries: raw queries with some of `image`, `text`, `document`, `id`; beside `text`, `wordings` may say it in
+        several ways, whose mean asks in the first stage.
       gallery: raw items with some of `image`, `text`, `id`.
       ids: the id of each gallery row.
       positives: per query, gallery row -> grade (above 0) of every right answer.
       exclude: per query, the row of its reference picture, which is no answer, or -1. Empty: none.
       subset: per query, the rows of the closed group that `subset_recall@k` ranks. Empty: none.
-      rules: per query, a label for tables by kind of query. Empty: none.
+      rules: per query, a label, or several, for tables by kind of query. Empty: none.
       metrics: what is reported, see `cir_jax.metrics`.
 
     Raises:
@@ -46,7 +47,7 @@ class Benchmark:
     positives: Sequence[Mapping[int, float]]
     exclude: Sequence[int] = ()
     subset: Sequence[Sequence[int]] = ()
-    rules: Sequence[str] = ()
+    rules: Sequence[str | tuple[str, ...]] = ()
     metrics: tuple[str, ...] = ("recall@1", "recall@5", "recall@10", "mrr")
 
     def __post_init__(self):
@@ -86,6 +87,25 @@ def _row_faults(benchmark):
         outside = sorted({row for rows in lists for row in rows if not 0 <= row < items})
         if outside:
             yield f"{field} names rows outside the gallery of {items}: {outside[:5]}"
+
+
+def numbered(names: Iterable[Hashable]) -> list[int]:
+    """Equal names as equal numbers, counted from 0."""
+    numbers = {}
+    return [numbers.setdefault(name, len(numbers)) for name in names]
+
+
+class Made(Sequence):
+    """A data set whose rows are made when they are needed, by a function of the row."""
+
+    def __init__(self, length: int, make: Callable[[int], Mapping]):
+        self._rows, self.make = range(length), make
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, row: int) -> Mapping:
+        return self.make(self._rows[row])
 
 
 class Chosen(Sequence):

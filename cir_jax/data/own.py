@@ -6,11 +6,11 @@ a link. Everything is read and checked when it is opened; pictures are only look
 
 import difflib
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cir_jax.data.benchmark import Benchmark
+from cir_jax.data.benchmark import Benchmark, Made, numbered
 from cir_jax.data.records import LISTS, Gallery, file_inside, near, open_gallery
 from cir_jax.data.tables import TABLES, Row, read_table, refuse, relative, string, strings
 
@@ -41,7 +41,7 @@ def pairs(root: str) -> list[dict]:
         outside the table's folder; the first five faults with their lines.
     """
     rows = _training_rows(root, ("image",))
-    groups = _numbered(row["image"] for row in rows)
+    groups = numbered(row["image"] for row in rows)
     return [
         {"query": {"texts": (row["text"],)}, "item": {"image": row["image"]}, "group": group}
         for row, group in zip(rows, groups)
@@ -55,7 +55,7 @@ def triplets(root: str) -> list[dict]:
     it. Errors as for `pairs`.
     """
     rows = _training_rows(root, ("reference", "target"))
-    groups = _numbered(row["target"] for row in rows)
+    groups = numbered(row["target"] for row in rows)
     return [
         {
             "query": {"image": row["reference"], "text": row["text"]},
@@ -64,6 +64,23 @@ def triplets(root: str) -> list[dict]:
         }
         for row, group in zip(rows, groups)
     ]
+
+
+def captioned(root: str) -> Made:
+    """The pictures of a gallery with their texts: tar shards as img2dataset makes them (CC3M, LAION), a folder of
+    pictures with KEY.txt beside KEY.jpg, a list with `text`.
+
+    An empty text stays so. Errors as for `open_gallery`; and ValueError, when it is read, for a picture without text.
+    """
+    gallery = open_gallery(root)
+
+    def pair(row):
+        item = gallery[row]
+        if "text" not in item:
+            raise ValueError(f"{item['id']!r} of {root} has no text, which training needs")
+        return {"query": {"text": item["text"]}, "item": {"image": item["image"]}, "group": row}
+
+    return Made(len(gallery), pair)
 
 
 def _training_rows(root, pictures) -> list[dict[str, str]]:
@@ -108,12 +125,6 @@ def _each(title: str, table: Sequence[Row], make: Callable[[dict], Any]) -> list
             faults.append(f"{place}: {error}")
     refuse(title, faults)
     return made
-
-
-def _numbered(names: Iterable[str]) -> list[int]:
-    """Equal names as equal numbers, counted from 0."""
-    numbers = {}
-    return [numbers.setdefault(name, len(numbers)) for name in names]
 
 
 def _cell(values: Mapping, name: str) -> str | None:

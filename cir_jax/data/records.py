@@ -24,13 +24,14 @@ PICTURES = (*READABLE, ".heic", ".heif", ".svg")
 LISTS = (".txt", *TABLES)
 MOST_SHARDS = 1_000_000
 UNDERSTOOD = """a gallery is one of
-  a folder of pictures, searched with its subfolders
+  a folder of pictures, searched with its subfolders; KEY.txt beside KEY.jpg is what it shows
   a list file: .txt with a path per line; .jsonl, .csv or .parquet with `image` and, if known,
     `id`, `text`; paths are relative to the list
   tar shards with files KEY.jpg and, if known, KEY.txt: x.tar, a folder of such files,
     'x-{00000..00003}.tar' or 'x-*.tar'
   a built-in data set: emoji, emoji:noto, emoji:twemoji
-  a packed data set with one gallery, or that of a part of it: PACKED/noto/test"""
+  a packed data set with one gallery, or that of a part of it: PACKED/noto/test
+  the gallery of a published benchmark: fashioniq:FOLDER/dress/val"""
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
@@ -59,9 +60,9 @@ def open_gallery(source: str | os.PathLike | Mapping[str, Any]) -> Gallery:
     """Opens a gallery.
 
     Args:
-      source: a folder of pictures, a list file, tar shards, a built-in data set (`UNDERSTOOD` has
-        the details), or the locator of a gallery. A built-in name wins over a folder of that name;
-        `./emoji` is the folder.
+      source: a folder of pictures, a list file, tar shards, a built-in data set, a published
+        benchmark (`UNDERSTOOD` has the details), or the locator of a gallery. A built-in name wins
+        over a folder of that name; `./emoji` is the folder.
 
     Raises:
       FileNotFoundError: nothing there; the message lists what is understood.
@@ -75,6 +76,8 @@ def open_gallery(source: str | os.PathLike | Mapping[str, Any]) -> Gallery:
         return _emoji(name.partition(":")[2] or "both")
     if packed := _packed(name):
         return packed
+    if _is_published(name):
+        return _of_benchmark(name)
     path = Path(name).absolute()
     if path.is_dir():
         return _folder_of_shards(path) or _folder(path)
@@ -94,6 +97,7 @@ def _from_locator(locator):
         "tar": ("shards", _shards),
         "emoji": ("style", _emoji),
         "packed": ("root", _packed_again),
+        "benchmark": ("name", _of_benchmark),
     }
     kind = locator.get("kind")
     if not isinstance(kind, str) or kind not in openers:
@@ -126,7 +130,7 @@ def _folder(root):
     ids = sorted(_pictures(root))
     if not ids:
         raise FileNotFoundError(f"{root} holds no pictures ({' '.join(PICTURES)}); {UNDERSTOOD}")
-    read = functools.partial(_read_file, root, ids, {})
+    read = functools.partial(_read_captioned, root, ids)
     return _gallery(ids, {"kind": "folder", "root": str(root)}, read)
 
 
@@ -142,6 +146,18 @@ def _pictures(root) -> Iterator[str]:
         for name in names:
             if name.lower().endswith(PICTURES) and not name.startswith("."):
                 yield (Path(folder) / name).relative_to(root).as_posix()
+
+
+def _read_captioned(root, ids, row):
+    item = {"image": str(file_inside(root, ids[row]))}
+    beside = PurePosixPath(ids[row]).with_suffix(".txt")
+    if not os.path.isfile(root / beside):
+        return item
+    return item | {"text": _caption(file_inside(root, str(beside)).read_bytes())}
+
+
+def _caption(data: bytes) -> str:
+    return data.decode(errors="replace").strip()
 
 
 def _read_file(root, paths, texts, row):
@@ -225,12 +241,21 @@ _RECORDS = {".txt": _text_records, **dict.fromkeys(TABLES, _table_records)}
 # ---- tar shards ----
 
 
-class _Member(NamedTuple):
+class Member(NamedTuple):
     """Where the bytes of a file lie in a shard."""
 
     shard: str
     offset: int
     size: int
+
+    def read(self) -> bytes:
+        """The bytes; ValueError if the shard was cut."""
+        with open(self.shard, "rb") as file:
+            file.seek(self.offset)
+            data = file.read(self.size)
+        if len(data) < self.size:
+            raise ValueError(f"{self.shard} ends within a file at byte {self.offset}; it was cut")
+        return data
 
 
 def _folder_of_shards(root):
@@ -248,20 +273,20 @@ def _folder_of_shards(root):
 
 def _shards(pattern):
     """The gallery of all shards that a pattern with `{000..123}`, `*` and `?` names, in order."""
-    files = _expand(Path(pattern))
-    members = {path: _members(path) for path in files}
-    keys = [(path, key) for path, found in members.items() for key in found]
+    files = expand(Path(pattern))
+    found = {path: _members(path) for path in files}
+    keys = [(path, key) for path in files for key in found[path]]
     repeated = len({key for _, key in keys}) < len(keys)
     # Keys are unique in what img2dataset writes; other tools number each shard from the start.
     ids = [f"{path.stem}/{key}" if repeated else key for path, key in keys]
-    read = functools.partial(_read_members, [members[path][key] for path, key in keys])
+    read = functools.partial(_read_members, [found[path][key] for path, key in keys])
     if not ids:
         raise FileNotFoundError(f"no pictures in {pattern} ({len(files)} shards); {UNDERSTOOD}")
     return _gallery(ids, {"kind": "tar", "shards": pattern}, read)
 
 
-def _expand(pattern):
-    """The files a pattern names, sorted; members of a range must all be there."""
+def expand(pattern: Path) -> list[Path]:
+    """The tar shards a pattern names, sorted; members of a range must all be there."""
     names = [pattern.name]
     while match := _RANGE.search(names[0]):
         low, high = match[1], match[2]
@@ -284,16 +309,24 @@ def _expand(pattern):
     return files
 
 
-def _members(shard) -> dict[str, dict[str, _Member]]:
-    """The pictures of a shard by key, each `{"image": member}`, and `"text"` where known."""
-    pictures, texts = {}, {}
+def members(shard: str | os.PathLike) -> Iterator[tuple[PurePosixPath, Member]]:
+    """The ordinary files in a tar shard, in its order; hidden ones are passed over.
+
+    Raises:
+      ValueError: no uncompressed tar file, a damaged one, or a member that would leave its folder.
+    """
     for info in _headers(shard):
         path = PurePosixPath(info.name)
         if path.is_absolute() or ".." in path.parts:
             raise ValueError(f"{shard} has a member {info.name!r} that leaves its folder; refused")
-        if not info.isreg() or info.issparse() or path.name.startswith("."):
-            continue
-        member = _Member(str(shard), info.offset_data, info.size)
+        if info.isreg() and not info.issparse() and not path.name.startswith("."):
+            yield path, Member(str(shard), info.offset_data, info.size)
+
+
+def _members(shard) -> dict[str, dict[str, Member]]:
+    """The pictures of a shard by key, each `{"image": member}`, and `"text"` where known."""
+    pictures, texts = {}, {}
+    for path, member in members(shard):
         key, suffix = str(path.with_suffix("")), path.suffix.lower()
         if suffix in PICTURES and key in pictures:
             raise ValueError(f"{shard} has two pictures with the key {key!r}")
@@ -320,23 +353,30 @@ def _headers(shard):
         raise ValueError(f"{shard} cannot be read as an uncompressed tar file: {error}") from None
 
 
-def _read_members(members, row):
-    found = {part: _bytes(member) for part, member in members[row].items()}
-    return found | (
-        {"text": found["text"].decode(errors="replace").strip()} if "text" in found else {}
-    )
+def _read_members(known, row):
+    found = {part: member.read() for part, member in known[row].items()}
+    return found | ({"text": _caption(found["text"])} if "text" in found else {})
 
 
-def _bytes(member):
-    with open(member.shard, "rb") as file:
-        file.seek(member.offset)
-        data = file.read(member.size)
-    if len(data) < member.size:
-        raise ValueError(f"{member.shard} ends within a file at byte {member.offset}; it was cut")
-    return data
+# ---- built-in and published data ----
 
 
-# ---- built-in data ----
+def _is_published(name):
+    from cir_jax.data import PUBLISHED
+
+    base, *rest = name.rsplit("/", 2)
+    return len(rest) == 2 and base.partition(":")[0] in PUBLISHED
+
+
+def _of_benchmark(name):
+    from cir_jax.data import named_benchmark
+
+    if not _is_published(name):
+        raise ValueError(f"there is no published benchmark {shown(name)}; {UNDERSTOOD}")
+    gallery = named_benchmark(name).gallery
+    if not isinstance(gallery, Gallery):
+        raise ValueError(f"{name} is limited; name the whole benchmark, and limit what is done")
+    return gallery
 
 
 def _emoji(style):

@@ -13,7 +13,7 @@ import math
 import os
 import textwrap
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -218,6 +218,26 @@ def _header(names, place) -> list[str]:
 
 def _parquet_rows(path) -> Iterator[Row]:
     _check_file(path)
+    number = 0
+    with opened_parquet(path, lambda: f" after row {number}") as file:
+        _header(file.schema_arrow.names, path)
+        for batch in file.iter_batches():
+            for values in batch.to_pylist():
+                number += 1
+                yield Row(f"{path}, row {number}", values)
+
+
+@contextlib.contextmanager
+def opened_parquet(path: str | os.PathLike, where: Callable[[], str] = str) -> Iterator[Any]:
+    """A `pyarrow.parquet.ParquetFile`; what goes wrong with it in the block is told.
+
+    Args:
+      where: what to say of the place in the file.
+
+    Raises:
+      ImportError: no pyarrow.
+      ValueError: a damaged file.
+    """
     try:
         import pyarrow
         from pyarrow import parquet
@@ -225,17 +245,12 @@ def _parquet_rows(path) -> Iterator[Row]:
         raise ImportError(
             f"{path} needs pyarrow; run `pip install 'cir_jax[parquet]'`, or write it as .jsonl"
         ) from None
-    number = 0
     try:
         with parquet.ParquetFile(path) as file:
-            _header(file.schema_arrow.names, path)
-            for batch in file.iter_batches():
-                for values in batch.to_pylist():
-                    number += 1
-                    yield Row(f"{path}, row {number}", values)
+            yield file
     except (pyarrow.ArrowException, OSError, OverflowError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"{path} cannot be read as parquet after row {number}: {error}; it is damaged, make it again"
+            f"{path} cannot be read as parquet{where()}: {error}; it is damaged, make it again"
         ) from None
 
 
