@@ -8,7 +8,7 @@ import pytest
 
 @functools.cache
 def library(name: str):
-    """`torch`, `transformers` or `open_clip`; a test without it is skipped, which `.ci/run` counts as a failure.
+    """`torch`, `transformers`, `open_clip`, `ir_measures` or `eccv_caption`; a test without it is skipped, which `.ci/run` counts as a failure.
 
     The published wheel of torchvision is built for GPUs and asks for operators that the CPU build of torch lacks; where
     it is broken, `transformers` and `open_clip` break too. Two of them are declared, and nothing here calls them.

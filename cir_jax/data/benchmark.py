@@ -28,7 +28,7 @@ class Benchmark:
       positives: per query, gallery row -> grade (above 0) of every right answer.
       exclude: per query, the row of its reference picture, which is no answer, or -1. Empty: none.
       subset: per query, the rows of the closed group that `subset_recall@k` ranks. Empty: none.
-      rules: per query, a label for tables by kind of query. Empty: none.
+      rules: per query, a label for tables by kind of query, or several. Empty: none.
       metrics: what is reported, see `cir_jax.metrics`.
 
     Raises:
@@ -44,7 +44,7 @@ class Benchmark:
     positives: Sequence[Mapping[int, float]]
     exclude: Sequence[int] = ()
     subset: Sequence[Sequence[int]] = ()
-    rules: Sequence[str] = ()
+    rules: Sequence[str | Sequence[str]] = ()
     metrics: tuple[str, ...] = ("recall@1", "recall@5", "recall@10", "mrr")
 
     def __post_init__(self):
