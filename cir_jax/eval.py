@@ -42,16 +42,28 @@ class Arguments(Limited):
     CONFIG is a .py file that defines `config = Evaluation(…)`, or the name of a packaged one (`emoji`). Prints a
     table and writes DIR/results.json, the ranks of every query, and DIR/report.html, which shows them in pictures.
     With a --limit the galleries shrink too, so the numbers are only a try. An interrupted evaluation continues when
-    the same command is given again.
+    the same command is given again. Without a CONFIG, --check judges files of ranked lists.
     """
 
-    config: tyro.conf.Positional[str]
+    config: tyro.conf.Positional[str | None] = None
     output: Path | None = None
     """folder for results.json, report.html and the ranks; without it `results/CONFIG`, with variants and limit in the name"""
     variant: tuple[str, ...] = ()
     """measure on these variants of the benchmarks instead (the emoji have noto and twemoji; of several the mean too)"""
     batch_size: int = 128
     """queries or pictures computed at once"""
+    check: tuple[Path, ...] = ()
+    """judge files for the servers of CIRR, CIRCO and FashionIQ, TREC runs, and lists of candidates (.npz, .pt)"""
+    labels: Path | None = None
+    """the annotation file, or qrels, that --check holds them against and scores them with"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        asked = [name for name in ("config", "check") if getattr(self, name)]
+        if len(asked) != 1:
+            raise ValueError("give either a CONFIG to evaluate or files to --check")
+        if self.labels and not self.check:
+            raise ValueError("--labels belong to --check; a benchmark brings its own")
 
 
 def measure(
@@ -508,6 +520,10 @@ def _folder(arguments: Arguments) -> Path:
 
 def main(argv: list[str] | None = None) -> None:
     arguments = tyro.cli(Arguments, args=argv, prog="python -m cir_jax.eval")
+    if arguments.check:
+        from cir_jax.checking import check_files
+
+        return check_files(arguments.check, arguments.labels)
     evaluation = load_config(arguments.config, Evaluation)
     keep_compiled(arguments.cache)
     output = arguments.output or _folder(arguments)

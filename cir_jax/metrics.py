@@ -269,6 +269,11 @@ def _checked(rows, queries):
         )
     if not rows.shape[1]:
         rows = np.full((queries, 1), -1)
+    return without_repetition(rows)
+
+
+def without_repetition(rows: np.ndarray) -> np.ndarray:
+    """`rows` `[Q, K]` as int64; ValueError if a list names a row more than once (-1 counts for nothing)."""
     order = np.sort(rows, axis=1)
     again = (order[:, 1:] == order[:, :-1]) & (order[:, 1:] >= 0)
     if again.any():
@@ -465,7 +470,7 @@ _EXPECTED = {
     "trec_recall": lambda case, k, _: min(k, case.items) / case.items,
     "subset_recall": lambda case, k, _: 1 - _missed(case.near, case.near_right, k)[-1],
     "mrr": _expected_reciprocal,
-    "mrr@": lambda case, k, _: _expected_reciprocal(case, k, k),
+    "mrr@": lambda case, k, length: _expected_reciprocal(case, k, min(k, length)),
     "map": _expected_precision,
     "ndcg": _expected_gain,
 }
