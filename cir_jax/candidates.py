@@ -139,23 +139,15 @@ def write_candidates(path: str | os.PathLike, found: Candidates) -> None:
 
 
 def _is_npz(path: Path) -> bool:
-    with files.reported(path, "read"):
-        if not zipfile.is_zipfile(path):
+    with files.reported(path, "read"), open(path, "rb") as file:
+        if not zipfile.is_zipfile(file):
             return False
-        with zipfile.ZipFile(path) as opened:
-            members = opened.infolist()
-    # What it would unpack to is asked before it is unpacked.
-    if sum(member.file_size for member in members) > MOST_BYTES:
-        raise ValueError(f"unpacks to more than {MOST_BYTES:,} bytes; expected lists of candidates")
-    return any(member.filename == "names.npy" for member in members)
+        with zipfile.ZipFile(file) as opened:
+            return "names.npy" in opened.namelist()
 
 
 def _read_npz(path: Path) -> Candidates:
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in stored.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise ValueError(f"is no complete file of candidates ({error})") from None
+    arrays = files.read_arrays(path, MOST_BYTES)
     if arrays.pop("format", np.array(0)).tolist() != FORMAT or "gallery" not in arrays:
         raise ValueError(f"is no file of candidates of format {FORMAT}")
     texts = {name: str(arrays.pop(name, "")) for name in ("split", "category", "model")}

@@ -42,12 +42,13 @@ class Arguments(Limited):
     CONFIG is a .py file that defines `config = Evaluation(…)`, or the name of a packaged one (`emoji`). Prints a
     table and writes DIR/results.json, the ranks of every query, and DIR/report.html, which shows them in pictures.
     With a --limit the galleries shrink too, so the numbers are only a try. An interrupted evaluation continues when
-    the same command is given again. Without a CONFIG, --check judges files of ranked lists.
+    the same command is given again. Without a CONFIG, --check judges files of ranked lists, and --compare two results.
     """
 
     config: tyro.conf.Positional[str | None] = None
     output: Path | None = None
-    """folder for results.json, report.html and the ranks; without it `results/CONFIG`, with variants and limit in the name"""
+    """folder for results.json, report.html and the ranks; without it `results/CONFIG`, with variants and limit in the
+    name, or `results/comparison`"""
     variant: tuple[str, ...] = ()
     """measure on these variants of the benchmarks instead (the emoji have noto and twemoji; of several the mean too)"""
     batch_size: int = 128
@@ -56,12 +57,16 @@ class Arguments(Limited):
     """judge files for the servers of CIRR, CIRCO and FashionIQ, TREC runs, and lists of candidates (.npz, .pt)"""
     labels: Path | None = None
     """the annotation file, or qrels, that --check holds them against and scores them with"""
+    compare: tuple[Path, Path] | None = None
+    """two results.json, A and B, of the same benchmarks: what differs, and whether that may be chance"""
 
     def __post_init__(self):
         super().__post_init__()
-        asked = [name for name in ("config", "check") if getattr(self, name)]
+        asked = [name for name in ("config", "check", "compare") if getattr(self, name)]
         if len(asked) != 1:
-            raise ValueError("give either a CONFIG to evaluate or files to --check")
+            raise ValueError(
+                "give one of: a CONFIG to evaluate, files to --check, two results to --compare"
+            )
         if self.labels and not self.check:
             raise ValueError("--labels belong to --check; a benchmark brings its own")
 
@@ -262,8 +267,12 @@ def _outcome(run: Run, stage: int, index, hits, spent, work: Workspace, measured
     if stage == 2:
         row |= {"reranker": run.reranker, "k": run.k, "fusion": run.fusion}
     rank = metrics.ranks(hits.rows, benchmark.positives, benchmark.exclude)
+    row["median_rank"] = metrics.median_rank(rank)
     ids = np.array([str(query.get("id", number)) for number, query in enumerate(benchmark.queries)])
-    return row, {"ids": ids, "rows": hits.rows, "scores": hits.scores, "rank": rank, **values}
+    arrays = {"ids": ids, "rows": hits.rows, "scores": hits.scores, "rank": rank, **values}
+    if len(benchmark.rules):
+        arrays["rules"] = metrics.joined_rules(benchmark.rules)
+    return row, arrays
 
 
 def _identity(name: str, work: Workspace) -> dict[str, str]:
@@ -524,6 +533,10 @@ def main(argv: list[str] | None = None) -> None:
         from cir_jax.checking import check_files
 
         return check_files(arguments.check, arguments.labels)
+    if arguments.compare:
+        from cir_jax.compare import compare
+
+        return compare(*arguments.compare, arguments.output or Path("results") / "comparison")
     evaluation = load_config(arguments.config, Evaluation)
     keep_compiled(arguments.cache)
     output = arguments.output or _folder(arguments)

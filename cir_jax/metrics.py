@@ -25,6 +25,7 @@ import numpy as np
 
 from cir_jax.data.benchmark import Benchmark
 
+TOSSED = 256  # queries whose signs are tossed at once; a multiple of 8
 _UNLIMITED = ("mrr", "subset_recall")  # a right answer counts wherever it stands
 _NAME = re.compile(r"(recall|target_recall|trec_recall|subset_recall|map|ndcg|mrr)@([1-9]\d*)|mrr")
 _MEAN = re.compile(r"mean\(([^()]+)\)")
@@ -143,6 +144,18 @@ def of_rule(rules: Sequence[str | Sequence[str]]) -> dict[str, np.ndarray]:
     return {rule: np.array(members[rule]) for rule in sorted(members)}
 
 
+def joined_rules(rules: Sequence[str | Sequence[str]]) -> np.ndarray:
+    """Kinds of queries as an array of text `[Q]`, several of one query in lines; `split_rules` gives them back."""
+    return np.array(
+        [rule if isinstance(rule, str) else "\n".join(rule) for rule in rules], dtype=str
+    )
+
+
+def split_rules(joined: np.ndarray) -> list[tuple[str, ...]]:
+    """Kinds per query from `joined_rules`."""
+    return [tuple(str(rule).split("\n")) if rule else () for rule in joined]
+
+
 def median_rank(rank: np.ndarray) -> float | None:
     """The median of 1-based ranks, given 0-based ones `[Q]` (`ranks`); None if it lies outside the lists.
 
@@ -208,9 +221,15 @@ def paired_p(
         )
     gap = first - second
     sizes, counts = np.unique(np.abs(gap[gap != 0]), return_counts=True)
-    # Gaps of one size that keep their sign are a binomial number.
-    kept = np.random.default_rng(seed).binomial(counts, 0.5, size=(resamples, len(counts)))
-    sums = (2 * kept - counts) @ sizes
+    random, many = np.random.default_rng(seed), counts > 1
+    # Gaps of one size that keep their sign are a binomial number; of a size that occurs once they are a bit.
+    kept = random.binomial(counts[many], 0.5, size=(resamples, many.sum()))
+    sums = (2 * kept - counts[many]) @ sizes[many]
+    single = sizes[~many]
+    for start in range(0, len(single), TOSSED):
+        some = single[start : start + TOSSED]
+        bits = np.unpackbits(np.frombuffer(random.bytes(resamples * TOSSED // 8), np.uint8))
+        sums += (2.0 * bits.reshape(resamples, TOSSED)[:, : len(some)] - 1) @ some
     return float((1 + (np.abs(sums) >= abs(gap.sum()) - 1e-9).sum()) / (resamples + 1))
 
 

@@ -164,7 +164,7 @@ def test_bad_files_are_refused_with_their_name(content, told, put):
 
 def test_what_is_no_text_is_refused(tmp_path):
     (tmp_path / "x").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="is no text .*CIRR recall file"):
+    with pytest.raises(ValueError, match=r"is no text .*CIRR recall file"):
         read(tmp_path / "x")
 
 
@@ -235,7 +235,7 @@ def test_hidden_and_foreign_labels(put):
     with pytest.raises(ValueError, match="CIRCO file, the labels are those of cirr"):
         check(circo_lists(), cirr_labels(put))
     for content in ({"a": 1}, [], [{"pairid": 1}], [{"x": 1}], "a 0 x\n", "a 0 x y\n"):
-        with pytest.raises(ValueError, match="labels|annotation|qrels"):
+        with pytest.raises(ValueError, match=r"labels|annotation|qrels"):
             read_labels(put(content))
 
 
