@@ -95,8 +95,8 @@ def _systems(path: Path) -> dict[tuple, list[System]]:
         if type(row) is not dict or (NEEDED - {"ranks"}) - row.keys():
             raise ValueError(f"{path} has a row without {shown(sorted(NEEDED))}")
         if "ranks" in row:  # means over variants have none
-            names = ("benchmark", "variant", "split", "index_asked")
-            key = tuple(str(row[name]) for name in names)
+            names = ("benchmark", "variant", "split", "index_asked", "asks")
+            key = tuple(str(row.get(name, "")) for name in names)
             groups[key].append(System(row, _arrays(path, row)))
     return dict(groups)
 

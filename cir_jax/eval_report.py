@@ -58,6 +58,7 @@ def evaluation_page(
     results: Sequence[tuple[Mapping[str, Any], Mapping[str, np.ndarray]]],
     benchmark_of: Callable[[Mapping[str, Any]], Benchmark],
     environment: Mapping[str, Any] | None = None,
+    audits: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Write the page; an existing one is replaced as a whole.
 
@@ -67,16 +68,18 @@ def evaluation_page(
         variant, split, run and asked index.
       benchmark_of: the benchmark of a row.
       environment: `time`, `precision` and `machine`, as `cir_jax.eval.environment` gives them.
+      audits: as `cir_jax.audit.audits` gives them.
 
     Raises:
       ValueError: arrays of another number of queries than the benchmark has.
     """
     entries = list({_identity(row): Entry(row, arrays) for row, arrays in results}.values())
-    compared = _comparisons(entries, benchmark_of)
+    compared = _comparisons([each for each in entries if "asks" not in each.row], benchmark_of)
     pictures: dict[str, str] = {}
     body = [
         _models(entries),
         _cards(compared),
+        *map(_audit, audits),
         *_examples(compared, pictures),
         _moves(compared),
         _histograms(compared),
@@ -99,7 +102,7 @@ def _key(row):
 
 def _identity(row):
     """What distinguishes a stage: runs that share a first stage each bring it along."""
-    return *_key(row), row["stage"], *(row.get(name) for name in ("reranker", "k", "fusion"))
+    return *_key(row), row["stage"], *(row.get(n) for n in ("reranker", "k", "fusion", "asks"))
 
 
 def _pairs(entries: Iterable[Entry]) -> list[tuple[Entry, Entry | None]]:
@@ -196,7 +199,8 @@ def _header(compared: Comparison) -> str:
 
 
 def _where(row) -> str:
-    return f"{row['variant']} · {row['split']}"
+    asks = f" · {row['asks']} alone" if "asks" in row else ""
+    return f"{row['variant']} · {row['split']}{asks}"
 
 
 def _systems(compared: Comparison) -> str:
@@ -302,6 +306,65 @@ def _facts(compared) -> str:
 def _change(compared, name) -> str:
     values = [each.row["metrics"][name] for each in (compared.first, compared.second) if each]
     return " → ".join(map(percent, values)) + " %"
+
+
+# ---- the audit ----
+
+
+def _audit(audit: Mapping[str, Any]) -> str:
+    """What one part of the queries answers alone."""
+    lines = "".join(_audit_line(name, row) for name, row in audit["metrics"].items())
+    parts = (
+        "text alone",
+        "picture alone",
+        "either alone",
+        "whole query",
+        "whole query on the rest",
+    )
+    head = "".join(f"<th>{title}</th>" for title in ("", *parts))
+    where = f"{audit['variant']} · {audit['split']} · stage {audit['stage']}"
+    return section(
+        f"Shortcuts of {escape(audit['benchmark'])} <small>{escape(where)}</small>",
+        "The same system, asked with the text alone and with the picture alone. Only queries that neither answers show "
+        "that picture and text are composed: the rest.",
+        f"<article class='card scroll'><table class='audit'><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></article>",
+    )
+
+
+def _audit_line(name: str, row: Mapping[str, Any]) -> str:
+    cells = [
+        _share(row[part], row["interval"][part]) for part in ("text", "image", "either", "all")
+    ]
+    rest = "–" if row["rest"] is None else _share(row["rest"], row["rest_interval"])
+    cells.append(f"{rest}<small>{row['rest_queries']:,} queries</small>")
+    bar = _stacked(row)
+    return f"<tr><th>{metric_title(name)}{bar}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+
+
+def _share(value: float, interval: Sequence[float]) -> str:
+    return f"<b>{percent(value)}</b><small>({percent(interval[0])}–{percent(interval[1])})</small>"
+
+
+def _stacked(row: Mapping[str, Any]) -> str:
+    """All queries as a bar: answered by one part alone, by both only, by neither way of asking."""
+    rest = 1 - row["either"]
+    both = rest * (row["rest"] or 0.0)
+    parts = (
+        ("same", row["either"], "one part alone"),
+        ("plus", both, "only picture and text together"),
+        ("minus", rest - both, "not found"),
+    )
+    return "".join(
+        (
+            "<div class='moves'>",
+            *(
+                f"<span class='{style}' style='flex:{share:.4f}' title='{words}: {100 * share:.1f} %'></span>"
+                for style, share, words in parts
+                if share > 0
+            ),
+            "</div>",
+        )
+    )
 
 
 # ---- examples ----

@@ -228,7 +228,7 @@ def test_ranks_are_counted_before_and_after(made):
         "rank 2: 1 → 1 queries",
         "rank 3–5: 2 → 2 queries",
         "rank 6–10: 1 → 0 queries",
-        "rank beyond: 1 → 1 queries",
+        "rank 11+: 1 → 1 queries",
     ]
     assert "median rank 4 → 2.5" in card.text
     heights = [i.attributes["style"] for i in card.find("div", "histogram")[0].find("i")]
