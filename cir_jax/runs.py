@@ -17,6 +17,7 @@ from cir_jax.workspace import Outcome, Workspace, digest
 
 TIMED = 10  # hits of the searches that are timed, and compared between indexes
 SCANN_DEPTH = 100  # how many hits are asked of an approximate index
+LISTED = 200  # hits of each query that are kept, if the metrics do not need more
 CATEGORISED = (
     "fashioniq",
 )  # benchmarks whose variants are categories, over which papers take the mean
@@ -122,20 +123,36 @@ def _scorer(run: Run, items, work: Workspace):
     return score
 
 
-def _subset_values(run: Run, items, work: Workspace) -> dict[str, np.ndarray]:
-    """Metrics of stage 2 over the closed group of each query, every member of which it scores, found or not."""
-    from cir_jax.index import Hits
-    from cir_jax.retrieval import rerank
+def _members(run: Run, stage: int, queries, items, work: Workspace):
+    """Hits in the closed group of each query, every member of which a stage scores, found or not; None without groups.
 
-    benchmark = work.benchmark(run.benchmark)
-    names = [name for name in benchmark.metrics if name.startswith("subset_")]
-    if not names:
-        return {}
-    width = max(map(len, benchmark.subset))
-    rows = np.array([[*members, *[-1] * (width - len(members))] for members in benchmark.subset])
-    scores, _ = _candidate_scores(run, rows, items, work)
-    hits = rerank(Hits(rows, np.zeros(rows.shape, np.float32)), scores)
-    return metrics.per_query(hits.rows, benchmark, names)
+    No approximate index comes between; equal scores are ordered by row.
+    """
+    from cir_jax.index import Hits
+    from cir_jax.retrieval import rerank, scores_of
+
+    closed = work.benchmark(run.benchmark).subset
+    if not len(closed):
+        return None
+    width = max(map(len, closed))
+    rows = np.array([[*sorted(each), *[-1] * (width - len(each))] for each in closed])
+    scores = (
+        scores_of(queries, items, rows)
+        if stage == 1
+        else _candidate_scores(run, rows, items, work)[0]
+    )
+    return rerank(Hits(rows, np.zeros(rows.shape, np.float32)), scores)
+
+
+def _values(benchmark, hits, members, rank) -> dict[str, np.ndarray]:
+    """Each metric for each query, from its list, the hits in its group, and the rank of its best right answer."""
+    parts = list(dict.fromkeys(p for name in benchmark.metrics for p in metrics.components(name)))
+    near = [part for part in parts if part.startswith("subset_")]
+    listed = [part for part in parts if part not in near and part != "mrr"]
+    found = metrics.per_query(hits.rows, benchmark, listed)
+    found |= metrics.per_query(members.rows, benchmark, near) if near else {}
+    found["mrr"] = np.where(rank < 0, 0.0, 1 / (1 + np.maximum(rank, 0)))
+    return {name: metrics.combined(name, found) for name in benchmark.metrics}
 
 
 def _tuning_queries(run: Run, work: Workspace) -> np.ndarray | None:
@@ -163,7 +180,7 @@ def _searched(run: Run, queries, items, work: Workspace):
     if run.index == "scann":
         tuning = {"recall": SCANN_RECALL, "k": TIMED, "queries": _tuning_queries(run, work)}
     index = make_index(run.index, items, ids=benchmark.ids, **tuning)
-    k = metrics.depth(benchmark) if index.kind == "exact" else SCANN_DEPTH
+    k = _list_depth(benchmark) if index.kind == "exact" else SCANN_DEPTH
     k = min(max(k, run.k if run.reranker else 1), len(items))
     retrieve(index, queries, TIMED, benchmark.exclude)
     start = time.perf_counter()
@@ -172,17 +189,28 @@ def _searched(run: Run, queries, items, work: Workspace):
     return index, retrieve(index, queries, k, benchmark.exclude), searching
 
 
+def _list_depth(benchmark) -> int:
+    """How many hits a list needs; ranks beyond it are counted, which is faster than sorting a whole gallery."""
+    parts = [part for name in benchmark.metrics for part in metrics.components(name)]
+    limited = [part for part in parts if part != "mrr" and not part.startswith("subset_")]
+    return max(LISTED, metrics.depth(benchmark, limited))
+
+
 def evaluate_run(run: Run, work: Workspace) -> Outcome:
     """For each stage a row of results.json, and its arrays: `ids`, `rows`, `scores`, `rank`, and one per metric."""
     from cir_jax.index import ExactIndex
-    from cir_jax.retrieval import rerank, retrieve
+    from cir_jax.retrieval import ranks_beyond, rerank, retrieve
 
     benchmark = work.benchmark(run.benchmark)
     asked = (run.retriever, run.benchmark, run.documents, run.asks)
     queries, items, encoding = work.once("vectors", asked, lambda: _vectors(run, work))
     index, hits, searching = _searched(run, queries, items, work)
     spent = {"encode": encoding, "search": searching}
-    first = _outcome(run, 1, index, hits, spent, work)
+    beyond = np.full(len(benchmark.queries), -1)
+    if index.kind == "exact":
+        beyond = ranks_beyond(queries, items, hits, benchmark.positives, benchmark.exclude)
+    members = _members(run, 1, queries, items, work)
+    first = _outcome(run, 1, index, hits, members, beyond, spent, work)
     if index.kind == "scann":
         near, exact = (
             retrieve(i, queries, TIMED, benchmark.exclude) for i in (index, ExactIndex(items))
@@ -193,16 +221,24 @@ def evaluate_run(run: Run, work: Workspace) -> Outcome:
     candidates = hits.rows[:, : run.k]
     scores, per_pair = _candidate_scores(run, candidates, items, work)
     spent |= {"rerank": per_pair * candidates.shape[1]}
-    ranked, members = rerank(hits, scores, run.fusion), _subset_values(run, items, work)
-    second = _outcome(run, 2, index, ranked, spent, work, members)
+    ranked, members = rerank(hits, scores, run.fusion), _members(run, 2, queries, items, work)
+    second = _outcome(run, 2, index, ranked, members, beyond, spent, work)
     second[0].update(_gain(first, second))
     return [first, second]
 
 
-def _outcome(run: Run, stage: int, index, hits, spent, work: Workspace, measured=None):
-    """Row and arrays of one stage: its hits, milliseconds per query of each part, metrics that hits do not tell."""
+def _outcome(run: Run, stage: int, index, hits, members, beyond, spent, work: Workspace):
+    """Row and arrays of one stage.
+
+    Args:
+      hits, members: its lists, and those of the closed groups.
+      beyond: `[Q]` ranks of right answers that lie beyond the lists, -1 where nobody knows.
+      spent: milliseconds per query of each part.
+    """
     benchmark = work.benchmark(run.benchmark)
-    values = metrics.per_query(hits.rows, benchmark) | (measured or {})
+    rank = metrics.ranks(hits.rows, benchmark.positives, benchmark.exclude)
+    rank = np.where(rank < 0, beyond, rank)
+    values = _values(benchmark, hits, members, rank)
     models = [run.retriever, run.reranker][:stage]
     row = {
         "benchmark": benchmark.name,
@@ -216,7 +252,9 @@ def _outcome(run: Run, stage: int, index, hits, spent, work: Workspace, measured
         "gallery": len(benchmark.gallery),
         "depth": hits.rows.shape[1],
         **_summary(values),
-        "random": metrics.random_level(benchmark, length=hits.rows.shape[1]),
+        "random": metrics.random_level(
+            benchmark, length=None if index.kind == "exact" else hits.rows.shape[1]
+        ),
         "milliseconds_per_query": sum(spent.values()),
         "milliseconds": dict(spent),
         "checkpoints": [_identity(name, work) for name in models],
@@ -230,7 +268,6 @@ def _outcome(run: Run, stage: int, index, hits, spent, work: Workspace, measured
     if stage == 2:
         row["candidate_recall"] = _candidate_recall(run, hits, benchmark)
         row |= {"reranker": run.reranker, "k": run.k, "fusion": run.fusion}
-    rank = metrics.ranks(hits.rows, benchmark.positives, benchmark.exclude)
     row["median_rank"] = metrics.median_rank(rank)
     ids = np.array([str(query.get("id", number)) for number, query in enumerate(benchmark.queries)])
     arrays = {"ids": ids, "rows": hits.rows, "scores": hits.scores, "rank": rank, **values}

@@ -10,7 +10,7 @@ from test_methods import INPUTS, drawn
 
 import cir_jax
 from cir_jax import eval as evaluation
-from cir_jax import eval_report, metrics
+from cir_jax import eval_report, metrics, runs
 from cir_jax.checkpoint import save_model
 from cir_jax.config import Evaluation, Run
 from cir_jax.data import BENCHMARKS, emoji
@@ -260,6 +260,7 @@ def test_the_candidates_do_not_depend_on_the_metrics(models, monkeypatch, tmp_pa
     """recall@1 needs one hit, its second stage as many as were asked for."""
     short = lambda variant, split: edits(variant, split, shown=("recall@1",))
     monkeypatch.setitem(BENCHMARKS, "small-edits", short)
+    monkeypatch.setattr(runs, "LISTED", 1)
     rows = evaluate(Evaluation((two_stages(models, k=8),)), tmp_path)
     assert [row["depth"] for row in rows] == [8, 8]
     loaded = [cir_jax.load(models[name]) for name in ("blip_rerank", "clip")]
@@ -309,6 +310,35 @@ def test_a_re_ranker_in_the_place_of_the_retriever_is_refused(models, tmp_path):
     run = Run("small-edits/noto/test", models["blip_rerank"])
     with pytest.raises(ValueError, match="blip_rerank is a re-ranker"):
         evaluate(Evaluation((run,)), tmp_path)
+
+
+def test_short_lists_change_no_number(models, monkeypatch, tmp_path):
+    """Ranks beyond a list are counted, and members of a group are scored, found or not."""
+    closed = [[row, row + 10, row + 12] for row in range(QUERIES)]
+    shown = ("recall@1", "mrr", "subset_recall@1", "mean(recall@1,subset_recall@1)")
+    near = lambda variant, split: dataclasses.replace(edits(variant, split, shown), subset=closed)
+    monkeypatch.setitem(BENCHMARKS, "small-edits", near)
+    whole = evaluate(Evaluation((two_stages(models),)), tmp_path / "whole")
+    monkeypatch.setattr(runs, "LISTED", 1)
+    short = evaluate(Evaluation((two_stages(models),)), tmp_path / "short")
+    assert [row["depth"] for row in whole + short] == [ITEMS, ITEMS, 6, 6]
+    for one, two in zip(whole, short):
+        assert one["metrics"] == two["metrics"] and one["random"] == two["random"]
+        assert one["median_rank"] == two["median_rank"] is not None
+        ranks = [
+            arrays_of(tmp_path / n, row)["rank"] for n, row in (("whole", one), ("short", two))
+        ]
+        np.testing.assert_array_equal(*ranks)
+        assert ranks[0].max() >= 6
+        parts = one["metrics"]["recall@1"], one["metrics"]["subset_recall@1"]
+        assert one["metrics"][shown[3]] == pytest.approx(sum(parts) / 2)
+    with_list = metrics.evaluate(
+        arrays_of(tmp_path / "whole", whole[0])["rows"], near("noto", "test")
+    )
+    assert with_list == pytest.approx(whole[0]["metrics"])
+    assert (
+        whole[1]["candidate_recall"] == (arrays_of(tmp_path / "whole", whole[0])["rank"] < 6).mean()
+    )
 
 
 def test_the_audit_asks_with_each_part_alone(models, small, pairs_scored, tmp_path, capsys):
