@@ -326,7 +326,10 @@ def _audit(audit: Mapping[str, Any]) -> str:
     return section(
         f"Shortcuts of {escape(audit['benchmark'])} <small>{escape(where)}</small>",
         "The same system, asked with the text alone and with the picture alone. Only queries that neither answers show "
-        "that picture and text are composed: the rest.",
+        "that picture and text are composed: the rest."
+        "<span class='key'><span class='same'><i></i>one part alone</span>"
+        "<span class='plus'><i></i>only picture and text together</span>"
+        "<span class='minus'><i></i>not found</span></span>",
         f"<article class='card scroll'><table class='audit'><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></article>",
     )
 

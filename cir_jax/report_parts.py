@@ -85,9 +85,10 @@ th:last-child, td:last-child { padding-right: 0; } tbody th { font-weight: 550; 
 .histogram i.one { background: var(--pale); } .histogram i.two { background: var(--accent); }
 .histogram b { font-size: .76rem; font-weight: 600; } .histogram b.one { color: var(--soft); } .histogram b.two { color: var(--accent); }
 .histogram small { font-size: .74rem; margin: .25rem 0 .15rem; white-space: nowrap; }
+.audit .moves { width: 13rem; height: .8rem; margin: .35rem 0 0; border-radius: 99px; } .audit td { vertical-align: top; }
 @media (max-width: 640px) { .card { padding: 1.05rem 1.05rem; } .strip { grid-template-columns: repeat(4, minmax(0, 1fr)); }
   .stage { grid-column: 1 / -1; } .stage small { display: inline; margin-left: .5rem; } .strip > small { grid-column: 1 / -1; }
- .wanted small { text-align: left; } .bars { min-width: 4.5rem; } th, td { padding-inline: .45rem; } }
+ .wanted small { text-align: left; } .bars { min-width: 4.5rem; } th, td { padding-inline: .45rem; } .audit .moves { width: 6rem; } }
 """
 
 

@@ -498,3 +498,36 @@ def test_heavy_libraries_wait_until_they_are_needed():
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_audit_is_a_table_of_shares_and_its_rows_are_no_systems(tmp_path):
+    benchmark = made_benchmark()
+    interval = {name: [0.1, 0.9] for name in ("all", "text", "image", "either")}
+    shares = {
+        "all": 0.8,
+        "text": 0.2,
+        "image": 0.3,
+        "either": 0.4,
+        "rest": 0.75,
+        "rest_interval": [0.5, 1.0],
+    }
+    audit = {
+        "benchmark": SCRIPT, "variant": "noto", "split": "test", "run": "m", "stage": 1, "queries": 6,
+        "metrics": {"recall@1": shares | {"interval": interval, "rest_queries": 4}},
+    }  # fmt: skip
+    alone = entry(benchmark, hits(AFTER), asks="text")
+    results = [entry(benchmark, hits(BEFORE)), alone]
+    source, root = written(tmp_path, results, benchmark, audits=[audit])
+    assert SCRIPT not in source
+    (table,) = root.find("table", "audit")
+    assert [node.text for node in table.find("b")] == ["20.0", "30.0", "40.0", "80.0", "75.0"]
+    assert "4 queries" in table.text
+    parts = table.find("div", "moves")[0].find("span")
+    assert [part.attributes["style"] for part in parts] == [
+        "flex:0.4000",
+        "flex:0.4500",
+        "flex:0.1500",
+    ]
+    (cards,) = root.find("section", "cards")
+    assert [node.text for node in cards.find("b", "big")] == ["16.7%"]  # of the whole query alone
+    assert "text alone" in root.find("table", "all")[0].text
