@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import tyro
 
-from cir_jax import files
+from cir_jax import files, submissions
 from cir_jax.audit import audits, print_audits, with_parts
 from cir_jax.commands import Limited
 from cir_jax.compilation import keep_compiled
@@ -157,6 +157,7 @@ def _evaluate(evaluation: Evaluation, output: Path, work: Workspace) -> list[dic
                 row["ranks"] = f"{_file_name(row)}.npz"
                 with files.write_atomically(output / row["ranks"]) as part:
                     np.savez_compressed(part, **arrays)
+                _write_lists(output, row, arrays, work.benchmark(run.benchmark))
                 results.append((row, arrays))
             advance(1)
     rows = [row for row, _ in results] + pooled(results)
@@ -165,9 +166,24 @@ def _evaluate(evaluation: Evaluation, output: Path, work: Workspace) -> list[dic
         result["audits"] = found
     files.write_json(output / "results.json", result)
     opened = lambda row: work.benchmark(f"{row['benchmark']}/{row['variant']}/{row['split']}")
-    evaluation_page(output / "report.html", results, opened, result["environment"], found)
+    shown = [(row, arrays) for row, arrays in results if row["metrics"]]
+    evaluation_page(output / "report.html", shown, opened, result["environment"], found)
     work.remove()
     return rows
+
+
+def _write_lists(output: Path, row, arrays, benchmark) -> None:
+    """The files that the benchmark's server takes, named in `row["files"]`; why there is none, where it would refuse."""
+    stem = row["ranks"].removesuffix(".npz")
+    found = submissions.of_hits(benchmark, arrays["rows"], arrays.get("members"))
+    for word, lists in found.items():
+        name = f"{stem}.{word}.json"
+        try:
+            submissions.write(output / name, lists)
+        except ValueError as error:  # of a part of the split, say
+            row.setdefault("no_files", []).append(str(error))
+        else:
+            row.setdefault("files", []).append(name)
 
 
 def _key(run: Run, work: Workspace) -> list:
@@ -267,6 +283,10 @@ def main(argv: list[str] | None = None) -> None:
         print_audits(files.read_json(output / "results.json")["audits"])
     for model in dict.fromkeys(each["identity"] for row in rows for each in row["checkpoints"]):
         print(f"model {printable(model)}")
+    for name in (name for row in rows for name in row.get("files", ())):
+        print(f"for the server: {output / name}")
+    for reason in (reason for row in rows for reason in row.get("no_files", ())):
+        print(f"no file for the server: {printable(reason)}")
     print(f"results and ranks in {output}; pictures and curves in {output / 'report.html'}")
 
 

@@ -238,7 +238,8 @@ def _outcome(run: Run, stage: int, index, hits, members, beyond, spent, work: Wo
     benchmark = work.benchmark(run.benchmark)
     rank = metrics.ranks(hits.rows, benchmark.positives, benchmark.exclude)
     rank = np.where(rank < 0, beyond, rank)
-    values = _values(benchmark, hits, members, rank)
+    labelled = any(benchmark.positives)  # else the benchmark's server knows the answers
+    values = _values(benchmark, hits, members, rank) if labelled else {}
     models = [run.retriever, run.reranker][:stage]
     row = {
         "benchmark": benchmark.name,
@@ -253,24 +254,28 @@ def _outcome(run: Run, stage: int, index, hits, members, beyond, spent, work: Wo
         "depth": hits.rows.shape[1],
         **_summary(values),
         "random": metrics.random_level(
-            benchmark, length=None if index.kind == "exact" else hits.rows.shape[1]
-        ),
+            benchmark, list(values), length=None if index.kind == "exact" else hits.rows.shape[1]
+        )
+        if labelled
+        else {},
         "milliseconds_per_query": sum(spent.values()),
         "milliseconds": dict(spent),
         "checkpoints": [_identity(name, work) for name in models],
     }
-    if len(benchmark.rules):
+    if len(benchmark.rules) and labelled:
         row["rules"] = metrics.by_rule(values, benchmark.rules)
     if run.documents != BUILTIN:
         row["documents"] = to_json(run.documents)
     if run.asks != "all":
         row["asks"] = run.asks
     if stage == 2:
-        row["candidate_recall"] = _candidate_recall(run, hits, benchmark)
+        row |= {"candidate_recall": _candidate_recall(run, hits, benchmark)} if labelled else {}
         row |= {"reranker": run.reranker, "k": run.k, "fusion": run.fusion}
     row["median_rank"] = metrics.median_rank(rank)
     ids = np.array([str(query.get("id", number)) for number, query in enumerate(benchmark.queries)])
     arrays = {"ids": ids, "rows": hits.rows, "scores": hits.scores, "rank": rank, **values}
+    if members is not None:
+        arrays["members"] = members.rows
     if len(benchmark.rules):
         arrays["rules"] = metrics.joined_rules(benchmark.rules)
     return row, arrays

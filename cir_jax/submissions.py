@@ -361,6 +361,38 @@ def _trec_text(found: Lists) -> str:
     return "".join(lines)
 
 
+def of_hits(
+    benchmark: Benchmark, rows: np.ndarray, members: np.ndarray | None = None
+) -> dict[str, Lists]:
+    """What an evaluation found, as the files of the benchmark's server by a word for each; empty if it has none.
+
+    Args:
+      benchmark: CIRR's or CIRCO's, with or without the folder in its name.
+      rows: hits `[Q, K]`, best first; -1 is a missing one.
+      members: hits `[Q, W]` in the closed groups.
+    """
+    family = benchmark.name.partition(":")[0]
+    if family == "circo":
+        return {"circo": Lists("circo", _named(benchmark, rows, 50))}
+    if family != "cirr":
+        return {}
+    found = {"recall": Lists("cirr recall", _named(benchmark, rows, 50), "rc2")}
+    if members is not None:
+        near = _named(benchmark, members, 3)
+        found["recall_subset"] = Lists("cirr subset", near, "rc2")
+    return found
+
+
+def _named(benchmark: Benchmark, rows: np.ndarray, count: int) -> dict[str, list[str]]:
+    """The first names of each list, without the reference where it is no answer."""
+    struck = benchmark.exclude if len(benchmark.exclude) else [-1] * len(rows)
+    names = lambda each, x: [benchmark.ids[row] for row in each if row >= 0 and row != x][:count]
+    return {
+        str(query.get("id", number)): names(each.tolist(), x)
+        for number, (query, each, x) in enumerate(zip(benchmark.queries, rows, struck))
+    }
+
+
 # ---- labels and scores ----
 
 

@@ -341,6 +341,35 @@ def test_short_lists_change_no_number(models, monkeypatch, tmp_path):
     )
 
 
+def test_a_split_without_labels_gives_the_files_of_its_server(models, monkeypatch, small, tmp_path):
+    from cir_jax import submissions
+
+    closed = [[row, *range(row + 10, row + 15)] for row in range(QUERIES)]
+    hidden = lambda variant, split: dataclasses.replace(
+        edits(variant, split), name="cirr", positives=[{}] * QUERIES, subset=closed
+    )
+    monkeypatch.setitem(BENCHMARKS, "small-edits", hidden)
+    monkeypatch.setitem(submissions.CIRR_QUERIES, "test1", QUERIES)
+    kinds = submissions.KINDS
+    monkeypatch.setitem(kinds, "cirr recall", kinds["cirr recall"]._replace(names=ITEMS - 1))
+    rows = evaluate(Evaluation((two_stages(models),)), tmp_path)
+    assert [len(row["files"]) for row in rows] == [2, 2]
+    assert rows[0]["metrics"] == rows[1]["metrics"] == {} and small[0][1] == []
+    print_table(rows)
+    recall, near = (submissions.read(tmp_path / name) for name in rows[1]["files"])
+    ids, stored = hidden("noto", "test").ids, arrays_of(tmp_path, rows[1])
+    for query in range(QUERIES):
+        expected = [ids[row] for row in stored["rows"][query] if row not in (-1, query)]
+        assert recall.lists[f"q{query}"] == expected
+        assert set(near.lists[f"q{query}"]) <= {ids[row] for row in closed[query][1:]}
+        place = {name: number for number, name in enumerate(expected)}
+        if set(closed[query][1:]) <= set(stored["rows"][query, :6].tolist()):
+            assert sorted(near.lists[f"q{query}"], key=place.get) == near.lists[f"q{query}"]
+    monkeypatch.setitem(submissions.CIRR_QUERIES, "test1", 4148)
+    (row,) = evaluate(Evaluation((Run("small-edits/noto/test", models["clip"]),)), tmp_path)
+    assert "files" not in row and "10 queries, expected 4,148" in row["no_files"][0]
+
+
 def test_the_audit_asks_with_each_part_alone(models, small, pairs_scored, tmp_path, capsys):
     rows = evaluate(Evaluation((two_stages(models),)), tmp_path, audit=True)
     asked = [(row.get("asks", "all"), row["stage"]) for row in rows]

@@ -303,6 +303,31 @@ def test_the_published_splits_of_cirr_and_fashioniq(shared, tmp_path):
     assert len(labels.queries) == 2017 and len(labels.pool) == 3817
 
 
+# ---- from an evaluation ----
+
+
+def test_hits_become_the_files_of_their_server(monkeypatch, tmp_path):
+    from cir_jax.data.benchmark import Benchmark
+
+    ids = [f"n{row}" for row in range(60)]
+    rows = np.array([np.roll(np.arange(60), -5 * query) for query in range(2)])
+    members = np.array([[3, 0, 4, 2], [9, 5, 8, -1]])
+    make = lambda name, ids, exclude: Benchmark(
+        name, "v", "test1", [{"id": "7"}, {"id": "8"}], [{}] * 60, ids, [{}, {}], exclude
+    )
+    found = submissions.of_hits(make("cirr:here", ids, [0, 7]), rows, members)
+    assert found["recall"].lists["7"] == ids[1:51]
+    assert found["recall"].lists["8"] == [*ids[5:7], *ids[8:56]]
+    assert found["recall_subset"].lists == {"7": ["n3", "n4", "n2"], "8": ["n9", "n5", "n8"]}
+    monkeypatch.setitem(submissions.CIRR_QUERIES, "test1", 2)
+    for word, lists in found.items():
+        write(tmp_path / word, lists)
+        assert read(tmp_path / word) == lists
+    circo = submissions.of_hits(make("circo", [str(n) for n in range(60)], ()), rows)["circo"]
+    assert circo.lists["8"] == [str(n) for n in range(5, 55)]
+    assert submissions.of_hits(make("emoji-text", ids, ()), rows) == {}
+
+
 # ---- the command ----
 
 
