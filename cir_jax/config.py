@@ -109,7 +109,8 @@ class Run:
     `benchmark` is `name/variant/split` of a built-in or published one, `name:root/variant/split` of a published one in the
     folder `root`, or a folder with queries and a gallery (`cir_jax.data.own`).
     `fusion` is the weight of stage 1's score in the second stage's order (`cir_jax.retrieval.rerank`); `documents` says
-    where the entities and summaries of documents come from.
+    where the entities and summaries of documents come from. With `asks`, queries of a picture and a text ask with one
+    of them alone (`cir_jax.audit`): the baselines that papers print.
     """
 
     benchmark: str
@@ -119,6 +120,7 @@ class Run:
     k: int = 50
     fusion: float | None = None
     documents: DocumentSpec = BUILTIN
+    asks: Literal["all", "text", "image"] = "all"
 
     def __post_init__(self):
         if self.fusion is not None and self.reranker is None:

@@ -8,9 +8,7 @@ import itertools
 import platform
 import re
 import sys
-import time
-from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,24 +16,21 @@ from typing import Any
 import numpy as np
 import tyro
 
-from cir_jax import files, metrics
+from cir_jax import files, submissions
+from cir_jax.audit import audits, print_audits, with_parts
 from cir_jax.commands import Limited
 from cir_jax.compilation import keep_compiled
 from cir_jax.config import Evaluation, Run, load_config
-from cir_jax.data.benchmark import Chosen
-from cir_jax.data.documents import BUILTIN
 from cir_jax.progress import printable
+from cir_jax.runs import check_run, evaluate_run, origin, pooled
 from cir_jax.typed import to_json
-from cir_jax.workspace import Outcome, Workspace, digest
+from cir_jax.workspace import Workspace, digest
 
 # In the table, where a benchmark has them; the rest is in results.json.
 SHOWN = (
     *("recall@1", "recall@5", "recall@10", "recall@50"),
     *("map@5", "map@10", "mrr@10", "mrr"),
 )
-TIMED = 10  # hits of the searches that are timed, and compared between indexes
-SCANN_DEPTH = 100  # how many hits are asked of an approximate index
-SCANN_RECALL = 0.99  # what a ScaNN index is tuned to, against the exact list
 PACKAGES = ("jax", "flax", "numpy", "scann", "pillow", "tokenizers", "cir_jax")
 
 
@@ -46,274 +41,35 @@ class Arguments(Limited):
     CONFIG is a .py file that defines `config = Evaluation(…)`, or the name of a packaged one (`emoji`). Prints a
     table and writes DIR/results.json, the ranks of every query, and DIR/report.html, which shows them in pictures.
     With a --limit the galleries shrink too, so the numbers are only a try. An interrupted evaluation continues when
-    the same command is given again.
+    the same command is given again. Without a CONFIG, --check judges files of ranked lists, and --compare two results.
     """
 
-    config: tyro.conf.Positional[str]
+    config: tyro.conf.Positional[str | None] = None
     output: Path | None = None
-    """folder for results.json, report.html and the ranks; without it `results/CONFIG`, with variants and limit in the name"""
+    """folder for results.json, report.html and the ranks; without it `results/CONFIG`, with variants and limit in the
+    name, or `results/comparison`"""
     variant: tuple[str, ...] = ()
     """measure on these variants of the benchmarks instead (the emoji have noto and twemoji; of several the mean too)"""
     batch_size: int = 128
     """queries or pictures computed at once"""
+    audit: bool = False
+    """ask again with the text alone and with the picture alone: what of a composed benchmark needs both?"""
+    check: tuple[Path, ...] = ()
+    """judge files for the servers of CIRR, CIRCO and FashionIQ, TREC runs, and lists of candidates (.npz, .pt)"""
+    labels: Path | None = None
+    """the annotation file, or qrels, that --check holds them against and scores them with"""
+    compare: tuple[Path, Path] | None = None
+    """two results.json, A and B, of the same benchmarks: what differs, and whether that may be chance"""
 
-
-def measure(
-    model, name: str, retriever: str = "", k: int = 50, work: Workspace | None = None
-) -> dict[str, float]:
-    """Metrics of a model on a benchmark with exact search; used during training.
-
-    A re-ranker is measured on the k best candidates of the model that `retriever` names; a `work` space that is given
-    again has them, and the benchmark, at hand.
-    """
-    from cir_jax.retrieval import Queries, rerank, score_candidates
-
-    work = work or Workspace()
-    benchmark = work.benchmark(name)
-    if not retriever:
-        return metrics.evaluate(_exact_hits(model, benchmark, 1).rows, benchmark)
-    find = lambda: _exact_hits(work.model(retriever), benchmark, k)
-    hits = work.once("candidates", (retriever, name, k), find)
-    asked = Queries(benchmark.queries, 2, BUILTIN)
-    pictures = lambda rows: [benchmark.gallery[row] for row in rows]
-    hits = rerank(hits, score_candidates(model, asked, pictures, hits.rows[:, :k]))
-    return metrics.evaluate(hits.rows, benchmark)
-
-
-def _exact_hits(model, benchmark, least: int):
-    """Hits of a retriever on a benchmark: as many as its metrics need, and at least so many."""
-    from cir_jax.index import ExactIndex
-    from cir_jax.retrieval import Queries, retrieve
-
-    index = ExactIndex(model.encode("item", benchmark.gallery))
-    queries = model.encode("query", Queries(benchmark.queries, 1, BUILTIN))
-    depth = min(max(metrics.depth(benchmark), least), len(index))
-    return retrieve(index, queries, depth, benchmark.exclude)
-
-
-def _vectors(run: Run, work: Workspace):
-    """(query vectors, item vectors, milliseconds per query spent encoding) of a run's benchmark."""
-    from cir_jax.retrieval import Queries
-
-    model, benchmark = work.model(run.retriever), work.benchmark(run.benchmark)
-    items = work.items(model, run.benchmark)
-    asked = list(Queries(benchmark.queries, 1, run.documents))
-    model.encode("query", asked, work.batch_size)  # compiles, so that the timed pass does not
-    start = time.perf_counter()
-    queries = model.encode("query", asked, work.batch_size)
-    return queries, items, 1000 * (time.perf_counter() - start) / max(1, len(benchmark.queries))
-
-
-@dataclass
-class _Scored:
-    """What a re-ranker has scored on a benchmark, so that no pair is scored twice, and how long that took."""
-
-    pairs: dict[tuple[int, int], float] = field(default_factory=dict)  # by (query, gallery row)
-    milliseconds: float = 0.0
-
-
-def _candidate_scores(
-    run: Run, rows: np.ndarray, items, work: Workspace
-) -> tuple[np.ndarray, float]:
-    """Scores `[Q, K]` float32 of the run's re-ranker, and its milliseconds per pair so far, compilation included."""
-    asked = (run.reranker, run.benchmark, run.documents)
-    scored = work.once("scored", asked, _Scored)
-    missing = rows.copy()
-    for query, place in zip(*np.nonzero(rows >= 0)):
-        if (query, rows[query, place]) in scored.pairs:
-            missing[query, place] = -1
-    scores, milliseconds = work.scores(_origin(run, work), missing, _scorer(run, items, work))
-    scored.milliseconds += milliseconds
-    new = zip(*np.nonzero(missing >= 0))
-    scored.pairs.update({(q, missing[q, place]): scores[q, place] for q, place in new})
-    get = lambda query, row: scored.pairs.get((query, row), -np.inf)
-    found = [[get(query, row) for row in each] for query, each in enumerate(rows)]
-    return np.array(found, np.float32), scored.milliseconds / max(1, len(scored.pairs))
-
-
-def _scorer(run: Run, items, work: Workspace):
-    """What scores the candidates of some queries of a run; see `workspace.Score`."""
-    from cir_jax.retrieval import Queries, score_by_vectors, score_candidates
-
-    model, benchmark = work.model(run.reranker), work.benchmark(run.benchmark)
-    pictures = lambda rows: [benchmark.gallery[row] for row in rows]
-
-    def score(rows, first, advance):
-        some = Chosen(benchmark.queries, range(first, first + len(rows)))
-        asked = Queries(some, 2, run.documents)
-        if run.reranker == run.retriever:
-            return score_by_vectors(model, asked, items, rows)
-        return score_candidates(model, asked, pictures, rows, advance)
-
-    return score
-
-
-def _subset_values(run: Run, items, work: Workspace) -> dict[str, np.ndarray]:
-    """Metrics of stage 2 over the closed group of each query, every member of which it scores, found or not."""
-    from cir_jax.index import Hits
-    from cir_jax.retrieval import rerank
-
-    benchmark = work.benchmark(run.benchmark)
-    names = [name for name in benchmark.metrics if name.startswith("subset_")]
-    if not names:
-        return {}
-    width = max(map(len, benchmark.subset))
-    rows = np.array([[*members, *[-1] * (width - len(members))] for members in benchmark.subset])
-    scores, _ = _candidate_scores(run, rows, items, work)
-    hits = rerank(Hits(rows, np.zeros(rows.shape, np.float32)), scores)
-    return metrics.per_query(hits.rows, benchmark, names)
-
-
-def _tuning_queries(run: Run, work: Workspace) -> np.ndarray | None:
-    """Query vectors of the validation split, on which an approximate index is tuned.
-
-    None if that is evaluated, or if there is none because the benchmark is a folder of one's own.
-    """
-    from cir_jax.data import tuning_benchmark
-    from cir_jax.retrieval import Queries
-
-    name = tuning_benchmark(run.benchmark)
-    if name is None:
-        return None
-    asked = Queries(work.benchmark(name).queries, 1, run.documents)
-    vectors = work.model(run.retriever).encode("query", asked, work.batch_size)
-    return vectors[0][vectors[1]] if isinstance(vectors, tuple) else vectors
-
-
-def _searched(run: Run, queries, items, work: Workspace):
-    """(index, deep hits for the metrics, milliseconds per query of a search for 10 with the index warm)."""
-    from cir_jax.index import make_index
-    from cir_jax.retrieval import retrieve
-
-    benchmark, tuning = work.benchmark(run.benchmark), {}
-    if run.index == "scann":
-        tuning = {"recall": SCANN_RECALL, "k": TIMED, "queries": _tuning_queries(run, work)}
-    index = make_index(run.index, items, ids=benchmark.ids, **tuning)
-    k = metrics.depth(benchmark) if index.kind == "exact" else SCANN_DEPTH
-    k = min(max(k, run.k if run.reranker else 1), len(items))
-    retrieve(index, queries, TIMED, benchmark.exclude)
-    start = time.perf_counter()
-    retrieve(index, queries, TIMED, benchmark.exclude)
-    searching = 1000 * (time.perf_counter() - start) / len(benchmark.queries)
-    return index, retrieve(index, queries, k, benchmark.exclude), searching
-
-
-def evaluate_run(run: Run, work: Workspace) -> Outcome:
-    """For each stage a row of results.json, and its arrays: `ids`, `rows`, `scores`, `rank`, and one per metric."""
-    from cir_jax.index import ExactIndex
-    from cir_jax.retrieval import rerank, retrieve
-
-    benchmark = work.benchmark(run.benchmark)
-    asked = (run.retriever, run.benchmark, run.documents)
-    queries, items, encoding = work.once("vectors", asked, lambda: _vectors(run, work))
-    index, hits, searching = _searched(run, queries, items, work)
-    spent = {"encode": encoding, "search": searching}
-    first = _outcome(run, 1, index, hits, spent, work)
-    if index.kind == "scann":
-        near, exact = (
-            retrieve(i, queries, TIMED, benchmark.exclude) for i in (index, ExactIndex(items))
-        )
-        first[0]["index_recall@10"] = metrics.overlap(near.rows, exact.rows)
-    if run.reranker is None:
-        return [first]
-    candidates = hits.rows[:, : run.k]
-    scores, per_pair = _candidate_scores(run, candidates, items, work)
-    spent |= {"rerank": per_pair * candidates.shape[1]}
-    ranked, members = rerank(hits, scores, run.fusion), _subset_values(run, items, work)
-    second = _outcome(run, 2, index, ranked, spent, work, members)
-    second[0].update(_gain(first, second))
-    return [first, second]
-
-
-def _outcome(run: Run, stage: int, index, hits, spent, work: Workspace, measured=None):
-    """Row and arrays of one stage: its hits, milliseconds per query of each part, metrics that hits do not tell."""
-    benchmark = work.benchmark(run.benchmark)
-    values = metrics.per_query(hits.rows, benchmark) | (measured or {})
-    models = [run.retriever, run.reranker][:stage]
-    row = {
-        "benchmark": benchmark.name,
-        "variant": benchmark.variant,
-        "split": benchmark.split,
-        "run": run.retriever,
-        "stage": stage,
-        "index": index.kind,
-        "index_asked": run.index,
-        "queries": len(benchmark.queries),
-        "gallery": len(benchmark.gallery),
-        "depth": hits.rows.shape[1],
-        **_summary(values),
-        "random": metrics.random_level(benchmark, length=hits.rows.shape[1]),
-        "milliseconds_per_query": sum(spent.values()),
-        "milliseconds": dict(spent),
-        "checkpoints": [_identity(name, work) for name in models],
-    }
-    if len(benchmark.rules):
-        row["rules"] = metrics.by_rule(values, benchmark.rules)
-    if run.documents != BUILTIN:
-        row["documents"] = to_json(run.documents)
-    if stage == 2:
-        row |= {"reranker": run.reranker, "k": run.k, "fusion": run.fusion}
-    rank = metrics.ranks(hits.rows, benchmark.positives, benchmark.exclude)
-    ids = np.array([str(query.get("id", number)) for number, query in enumerate(benchmark.queries)])
-    return row, {"ids": ids, "rows": hits.rows, "scores": hits.scores, "rank": rank, **values}
-
-
-def _identity(name: str, work: Workspace) -> dict[str, str]:
-    model = work.model(name)
-    return {"name": name, "fingerprint": model.fingerprint, "identity": model.identity}
-
-
-def _gain(first, second) -> dict[str, dict[str, float]]:
-    """What the second stage changed in each metric, and the p-value of a paired randomisation test."""
-    values = {name: (first[1][name], second[1][name]) for name in first[0]["metrics"]}
-    return {
-        "gain": {name: float((after - before).mean()) for name, (before, after) in values.items()},
-        "p": {name: metrics.paired_p(after, before) for name, (before, after) in values.items()},
-    }
-
-
-def _summary(values) -> dict[str, dict]:
-    """Mean and 95 % interval of each metric over queries."""
-    return {
-        "metrics": {name: float(v.mean()) for name, v in values.items()},
-        "interval": {name: list(metrics.interval(v)) for name, v in values.items()},
-    }
-
-
-def pooled(results: list[tuple[dict, dict]]) -> list[dict[str, Any]]:
-    """One more row for each evaluation of the same queries in several variants: every query's mean over them.
-
-    The variants of the emoji are drawing styles. The interval is over queries.
-    """
-    groups = defaultdict(dict)
-    for row, arrays in results:
-        style, _, flags = row["variant"].partition("-")
-        asked = digest(row.get("documents"))
-        first = (row["benchmark"], flags, row["split"], row["run"], row["index_asked"], asked)
-        second = tuple(row.get(name) for name in ("reranker", "k", "fusion"))
-        groups[first, second].setdefault(style, (row, arrays))
-    means = {
-        (first, second): _mean_outcome(first[1], each.keys(), *zip(*each.values()))
-        for (first, second), each in groups.items()
-        if len(each) > 1 and len({tuple(arrays["ids"]) for _, arrays in each.values()}) == 1
-    }
-    for (first, _), mean in means.items():
-        if mean[0]["stage"] == 2:
-            mean[0].update(_gain(means[first, (None, None, None)], mean))
-    return [row for row, _ in means.values()]
-
-
-def _mean_outcome(flags, styles, rows, arrays):
-    """Row and arrays of the mean over styles of one stage of an evaluation."""
-    values = {name: np.mean([a[name] for a in arrays], axis=0) for name in rows[0]["metrics"]}
-    mean = {k: v for k, v in rows[0].items() if k not in ("ranks", "rules")}
-    mean |= {"variant": "-".join(filter(None, ("+".join(styles), flags))), **_summary(values)}
-    for name in ("milliseconds_per_query", "index_recall@10"):
-        if name in mean:
-            mean[name] = float(np.mean([row[name] for row in rows]))
-    for name in ("milliseconds", "random"):
-        mean[name] = {k: float(np.mean([row[name][k] for row in rows])) for k in mean[name]}
-    return mean, values
+    def __post_init__(self):
+        super().__post_init__()
+        asked = [name for name in ("config", "check", "compare") if getattr(self, name)]
+        if len(asked) != 1:
+            raise ValueError(
+                "give one of: a CONFIG to evaluate, files to --check, two results to --compare"
+            )
+        if self.labels and not self.check:
+            raise ValueError("--labels belong to --check; a benchmark brings its own")
 
 
 def environment() -> dict[str, Any]:
@@ -363,10 +119,13 @@ def with_limit(evaluation: Evaluation, n: int) -> Evaluation:
     )
 
 
-def evaluate(evaluation: Evaluation, output: Path, batch_size: int = 128) -> list[dict[str, Any]]:
+def evaluate(
+    evaluation: Evaluation, output: Path, batch_size: int = 128, audit: bool = False
+) -> list[dict[str, Any]]:
     """Carry out every run; write `results.json`, `report.html` and one `.npz` per stage; return the rows.
 
     What is computed is kept in `output/parts` until all is written: after an interruption the same call goes on there.
+    With `audit`, composed benchmarks are asked with each part of their queries alone too (`cir_jax.audit`).
 
     Raises:
       BlockingIOError: another process evaluates into `output`.
@@ -378,6 +137,8 @@ def evaluate(evaluation: Evaluation, output: Path, batch_size: int = 128) -> lis
     if batch_size < 1:
         raise ValueError(f"batch size is {batch_size}; it must be at least 1")
     work = Workspace(output / "parts", batch_size)
+    if audit:
+        evaluation = Evaluation(with_parts(evaluation.runs, work.benchmark))
     for run in evaluation.runs:
         check_run(run, work)
     if output.exists() and not output.is_dir():
@@ -386,29 +147,6 @@ def evaluate(evaluation: Evaluation, output: Path, batch_size: int = 128) -> lis
         output.mkdir(parents=True, exist_ok=True)
     with files.lock(output), jax.default_matmul_precision("highest"):
         return _evaluate(evaluation, output, work)
-
-
-def check_run(run: Run, work: Workspace) -> None:
-    """Refuse, before anything is computed, a benchmark without answers, and models that cannot read its queries."""
-    from cir_jax.methods import METHODS, method_name, reranks
-    from cir_jax.model import as_example
-    from cir_jax.retrieval import as_query
-
-    benchmark = work.benchmark(run.benchmark)
-    if not any(benchmark.positives):
-        raise ValueError(
-            f"the answers of {run.benchmark} are not published, so that nothing can be measured here"
-        )
-    if reranks(work.model(run.retriever).config):
-        raise ValueError(f"{run.retriever} is a re-ranker; a run needs a retriever before it")
-    for stage, name in enumerate((run.retriever, run.reranker), 1):
-        if name is None or not len(benchmark.queries):
-            continue
-        asked = as_query(benchmark.queries[0], stage, run.documents)
-        several = ("texts", "wordings")
-        parts = {"text" if part in several else part: value for part, value in asked.items()}
-        kinds = METHODS[method_name(work.model(name).config)][1].query_kinds
-        as_example("query", parts, kinds, name)
 
 
 def _evaluate(evaluation: Evaluation, output: Path, work: Workspace) -> list[dict[str, Any]]:
@@ -423,29 +161,38 @@ def _evaluate(evaluation: Evaluation, output: Path, work: Workspace) -> list[dic
                 row["ranks"] = f"{_file_name(row)}.npz"
                 with files.write_atomically(output / row["ranks"]) as part:
                     np.savez_compressed(part, **arrays)
+                _write_lists(output, row, arrays, work.benchmark(run.benchmark))
                 results.append((row, arrays))
             advance(1)
     rows = [row for row, _ in results] + pooled(results)
     result = {"format": files.FORMAT, "environment": environment(), "rows": rows}
+    if found := audits(results):
+        result["audits"] = found
     files.write_json(output / "results.json", result)
     opened = lambda row: work.benchmark(f"{row['benchmark']}/{row['variant']}/{row['split']}")
-    evaluation_page(output / "report.html", results, opened, result["environment"])
+    shown = [(row, arrays) for row, arrays in results if row["metrics"]]
+    evaluation_page(output / "report.html", shown, opened, result["environment"], found)
     work.remove()
     return rows
 
 
+def _write_lists(output: Path, row, arrays, benchmark) -> None:
+    """The files that the benchmark's server takes, named in `row["files"]`; why there is none, where it would refuse."""
+    stem = row["ranks"].removesuffix(".npz")
+    found = submissions.of_hits(benchmark, arrays["rows"], arrays.get("members"))
+    for word, lists in found.items():
+        name = f"{stem}.{word}.json"
+        try:
+            submissions.write(output / name, lists)
+        except ValueError as error:  # of a part of the split, say
+            row.setdefault("no_files", []).append(str(error))
+        else:
+            row.setdefault("files", []).append(name)
+
+
 def _key(run: Run, work: Workspace) -> list:
     """All that the outcome of a run depends on."""
-    return [to_json(run), *_origin(run, work)]
-
-
-def _origin(run: Run, work: Workspace) -> list:
-    """What the scores of a run depend on: models and data. Runs that differ only in index, k or fusion share them."""
-    names = filter(None, (run.retriever, run.reranker))
-    models = [work.model(name).fingerprint for name in names]
-    extracts = Path(run.documents.source)
-    contents = [work.content(run.benchmark), extracts.is_file() and files.sha256(extracts)]
-    return [models, contents, to_json(run.documents)]
+    return [to_json(run), *origin(run, work)]
 
 
 def _file_name(row) -> str:
@@ -455,6 +202,7 @@ def _file_name(row) -> str:
     if row["stage"] == 2:
         names.append(f"k{row['k']}")
         names += [] if row["fusion"] is None else [f"fusion{row['fusion']:g}"]
+    names += [f"{row['asks']}-alone"] if "asks" in row else []
     names += [f"documents{digest(row['documents'])[:6]}"] if "documents" in row else []
     return "-".join(names)
 
@@ -479,7 +227,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         recall = f"{row['index_recall@10']:.3f}" if "index_recall@10" in row else ""
         table.add_row(
-            printable(f"{row['benchmark']}/{row['variant']}/{row['split']}"),
+            printable(f"{row['benchmark']}/{row['variant']}/{row['split']}{_asks(row)}"),
             str(row["stage"]),
             printable(row["checkpoints"][-1]["name"]),
             row["index"],
@@ -492,6 +240,10 @@ def print_table(rows: list[dict[str, Any]]) -> None:
             recall,
         )
     Console(width=None if sys.stdout.isatty() else 240, markup=False).print(table)
+
+
+def _asks(row) -> str:
+    return f", {row['asks']} alone" if "asks" in row else ""
 
 
 def _gain_cells(row) -> tuple[str, str]:
@@ -517,14 +269,28 @@ def _folder(arguments: Arguments) -> Path:
 
 def main(argv: list[str] | None = None) -> None:
     arguments = tyro.cli(Arguments, args=argv, prog="python -m cir_jax.eval")
+    if arguments.check:
+        from cir_jax.checking import check_files
+
+        return check_files(arguments.check, arguments.labels)
+    if arguments.compare:
+        from cir_jax.compare import compare
+
+        return compare(*arguments.compare, arguments.output or Path("results") / "comparison")
     evaluation = load_config(arguments.config, Evaluation)
     keep_compiled(arguments.cache)
     output = arguments.output or _folder(arguments)
     evaluation = with_limit(with_variants(evaluation, arguments.variant), arguments.limit or 0)
-    rows = evaluate(evaluation, output, arguments.batch_size)
+    rows = evaluate(evaluation, output, arguments.batch_size, arguments.audit)
     print_table(rows)
+    if arguments.audit:
+        print_audits(files.read_json(output / "results.json")["audits"])
     for model in dict.fromkeys(each["identity"] for row in rows for each in row["checkpoints"]):
         print(f"model {printable(model)}")
+    for name in (name for row in rows for name in row.get("files", ())):
+        print(f"for the server: {output / name}")
+    for reason in (reason for row in rows for reason in row.get("no_files", ())):
+        print(f"no file for the server: {printable(reason)}")
     print(f"results and ranks in {output}; pictures and curves in {output / 'report.html'}")
 
 

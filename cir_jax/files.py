@@ -16,7 +16,10 @@ import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # commands that show their help do without
+    import numpy as np
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -385,6 +388,35 @@ def field_faults(value: Any, expected: Any, name: str = "") -> list[str]:
     if isinstance(expected, str) and IS[expected](value):
         return []
     return [f"{name} is {shown(value)}, expected {words}"]
+
+
+def read_arrays(path: str | os.PathLike, most: int) -> "dict[str, np.ndarray]":
+    """The arrays in an `.npz` file of at most `most` bytes unpacked; nothing in it is executed.
+
+    Raises:
+      OSError: nothing is there.
+      ValueError: a damaged file, too large a one, or arrays of Python objects.
+    """
+    import zipfile
+
+    import numpy as np
+
+    path = local_path(path)
+    with reported(path, "read"), open(path, "rb") as file:
+        try:
+            with zipfile.ZipFile(file) as opened:
+                size = sum(member.file_size for member in opened.infolist())
+            if size > most:
+                raise ValueError(f"it unpacks to {size:,} bytes, at most {most:,} are read")
+            file.seek(0)
+            with np.load(file, allow_pickle=False) as stored:
+                return {name: np.asarray(stored[name]) for name in stored.files}
+        except Exception as error:  # of a dozen kinds, for a damaged archive
+            if isinstance(error, OSError | MemoryError) and not isinstance(
+                error, zipfile.BadZipFile
+            ):
+                raise
+            raise ValueError(f"{path} is no complete file of arrays ({error})") from None
 
 
 def shown(value: Any) -> str:

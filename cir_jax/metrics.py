@@ -1,22 +1,23 @@
 """How well ranked lists answer a benchmark: pure numpy, on rows.
 
-Metrics are fractions, named `recall@k`, `target_recall@k`, `trec_recall@k`, `subset_recall@k`,
-`map@k`, `ndcg@k`, `mrr@k` and `mrr`:
-- recall@k: a query counts 1 if any right answer is among its first k hits;
-- target_recall@k: the same for right answers of the query's highest grade (as in CIRCO);
-- trec_recall@k: the share of its right answers among its first k hits (as trec_eval's `recall_k`);
-- subset_recall@k: the same after everything outside the query's subset is struck out (as in CIRR);
-- mrr: 1 / rank of the first right answer; mrr@k: 0 if it is not among the first k hits;
-- map@k: precision at each right answer of the first k, summed, over min(k, right answers) (as in
-  CIRCO);
-- ndcg@k: grades discounted by 1 / log2(rank + 1), over the best order possible.
-The reference picture of a query (`Benchmark.exclude`) is taken out before anything is counted. For
-mrr and subset_recall, a right answer outside the list counts as not found, so lists shorter than
-the gallery give a lower bound.
+Metrics of a query are fractions:
+- recall@k: 1 if any right answer is among the first k hits (trec_eval's `success`);
+- target_recall@k: the same for the right answers of the highest grade alone (CIRCO, which has one target among
+  several right answers);
+- trec_recall@k: the share of all right answers among the first k hits (trec_eval's `recall`, as AToMiC's);
+- subset_recall@k: recall@k after everything outside the query's subset is struck out (CIRR);
+- mrr: 1 / rank of the first right answer; mrr@k: 0 beyond k;
+- map@k: precision at each right answer of the first k, summed, over min(k, right answers) (CIRCO);
+- ndcg@k: grades discounted by 1 / log2(rank + 1), over the best order possible;
+- mean(a,b,…): the mean of some of these, for the figures that papers compare by, as
+  `mean(recall@5,subset_recall@1)` on CIRR.
+The reference picture of a query (`Benchmark.exclude`) is taken out before anything is counted; where an original keeps
+it in its rankings (FashionIQ, CIRCO), the benchmark has no `exclude`. A right answer that is not in a list counts as
+not found, so for mrr and subset_recall lists shorter than the gallery give a lower bound.
 """
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -24,8 +25,10 @@ import numpy as np
 
 from cir_jax.data.benchmark import Benchmark
 
+TOSSED = 256  # queries whose signs are tossed at once; a multiple of 8
 _UNLIMITED = ("mrr", "subset_recall")  # a right answer counts wherever it stands
-_NAME = re.compile(r"(recall|subset_recall|target_recall|trec_recall|map|ndcg|mrr)@([1-9]\d*)|mrr")
+_NAME = re.compile(r"(recall|target_recall|trec_recall|subset_recall|map|ndcg|mrr)@([1-9]\d*)|mrr")
+_MEAN = re.compile(r"mean\(([^()]+)\)")
 
 
 class _Judged(NamedTuple):
@@ -43,6 +46,7 @@ class _Case(NamedTuple):
 
     items: int  # gallery without the reference
     grades: tuple[float, ...]  # of all right answers, descending
+    best: int  # of them those of the highest grade
     near: int  # subset without the reference
     near_right: int  # right answers in it
 
@@ -83,10 +87,22 @@ def per_query(
         lists shorter than the k of a metric. A list that ends with -1 is complete, however short.
     """
     names = tuple(benchmark.metrics if metrics is None else metrics)
-    wanted = {name: _parse(name, benchmark) for name in names}
+    parts = {part: _parse(part, benchmark) for name in names for part in components(name)}
     judged = _judge(rows, benchmark)
-    _check_depth(judged, wanted, benchmark)
-    return {name: _VALUES[kind](judged, k) for name, (kind, k) in wanted.items()}
+    _check_depth(judged, parts, benchmark)
+    found = {part: _VALUES[kind](judged, k) for part, (kind, k) in parts.items()}
+    return {name: combined(name, found) for name in names}
+
+
+def components(name: str) -> tuple[str, ...]:
+    """The metrics that a metric is the mean of; of one that is no mean itself alone."""
+    match = _MEAN.fullmatch(name)
+    return tuple(match[1].replace(" ", "").split(",")) if match else (name,)
+
+
+def combined(name: str, values: Mapping[str, np.ndarray]) -> np.ndarray:
+    """A metric `[Q]` from the values of its `components`."""
+    return np.mean([values[part] for part in components(name)], axis=0)
 
 
 def depth(benchmark: Benchmark, metrics: Sequence[str] | None = None) -> int:
@@ -94,9 +110,8 @@ def depth(benchmark: Benchmark, metrics: Sequence[str] | None = None) -> int:
 
     Where queries have a reference, one more, since it may be among them.
     """
-    wanted = [
-        _parse(name, benchmark) for name in (benchmark.metrics if metrics is None else metrics)
-    ]
+    names = benchmark.metrics if metrics is None else metrics
+    wanted = [_parse(part, benchmark) for name in names for part in components(name)]
     items = len(benchmark.gallery)
     if any(kind in _UNLIMITED for kind, _ in wanted):
         return items
@@ -105,19 +120,50 @@ def depth(benchmark: Benchmark, metrics: Sequence[str] | None = None) -> int:
 
 
 def by_rule(
-    values: Mapping[str, np.ndarray], rules: Sequence[str | tuple[str, ...]]
+    values: Mapping[str, np.ndarray], rules: Sequence[str | Sequence[str]]
 ) -> dict[str, dict[str, float | int]]:
     """Means per kind of query, `{rule: {"queries": n, metric: mean}}`, sorted by rule.
 
-    A query with several labels counts for each of them.
+    Args:
+      values: metric -> `[Q]`.
+      rules: per query its kind, or several (CIRCO's aspects): then it counts in each of them.
     """
-    labels = [{rule} if isinstance(rule, str) else set(rule) for rule in rules]
     table = {}
-    for rule in sorted(set().union(*labels)):
-        chosen = np.array([rule in own for own in labels])
+    for rule, chosen in of_rule(rules).items():
         means = {name: float(value[chosen].mean()) for name, value in values.items()}
-        table[rule] = {"queries": int(chosen.sum()), **means}
+        table[rule] = {"queries": len(chosen), **means}
     return table
+
+
+def of_rule(rules: Sequence[str | Sequence[str]]) -> dict[str, np.ndarray]:
+    """The queries of each kind, `{rule: rows}`, sorted by rule."""
+    members = defaultdict(list)
+    for query, rule in enumerate(rules):
+        for each in dict.fromkeys((rule,) if isinstance(rule, str) else rule):
+            members[str(each)].append(query)
+    return {rule: np.array(members[rule]) for rule in sorted(members)}
+
+
+def joined_rules(rules: Sequence[str | Sequence[str]]) -> np.ndarray:
+    """Kinds of queries as an array of text `[Q]`, several of one query in lines; `split_rules` gives them back."""
+    return np.array(
+        [rule if isinstance(rule, str) else "\n".join(rule) for rule in rules], dtype=str
+    )
+
+
+def split_rules(joined: np.ndarray) -> list[tuple[str, ...]]:
+    """Kinds per query from `joined_rules`."""
+    return [tuple(str(rule).split("\n")) if rule else () for rule in joined]
+
+
+def median_rank(rank: np.ndarray) -> float | None:
+    """The median of 1-based ranks, given 0-based ones `[Q]` (`ranks`); None if it lies outside the lists.
+
+    A right answer outside its list has a rank beyond all others.
+    """
+    rank = np.asarray(rank, np.float64)
+    median = np.median(np.where(rank < 0, np.inf, rank + 1)) if len(rank) else np.inf
+    return float(median) if np.isfinite(median) else None
 
 
 def interval(
@@ -127,14 +173,28 @@ def interval(
 
     The same seed gives the same answer.
     """
-    levels, counts = np.unique(np.asarray(values, np.float64), return_counts=True)
-    # Drawing queries with replacement and counting equal values is one multinomial draw.
-    draws = np.random.default_rng(seed).multinomial(
-        counts.sum(), counts / counts.sum(), size=resamples
-    )
-    means = draws @ levels / counts.sum()
+    return mean_interval([values], level, resamples, seed)
+
+
+def mean_interval(
+    groups: Sequence[np.ndarray], level: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """`interval` of the mean over groups of the mean of each group's values, whatever their sizes.
+
+    Queries are drawn within their group (FashionIQ's categories).
+    """
+    random = np.random.default_rng(seed)
+    means = np.mean([_resampled(values, resamples, random) for values in groups], axis=0)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def _resampled(values, resamples, random):
+    """Means `[resamples]` of values drawn with replacement."""
+    levels, counts = np.unique(np.asarray(values, np.float64), return_counts=True)
+    # Drawing queries with replacement and counting equal values is one multinomial draw.
+    draws = random.multinomial(counts.sum(), counts / counts.sum(), size=resamples)
+    return draws @ levels / counts.sum()
 
 
 def intervals(
@@ -161,9 +221,15 @@ def paired_p(
         )
     gap = first - second
     sizes, counts = np.unique(np.abs(gap[gap != 0]), return_counts=True)
-    # Gaps of one size that keep their sign are a binomial number.
-    kept = np.random.default_rng(seed).binomial(counts, 0.5, size=(resamples, len(counts)))
-    sums = (2 * kept - counts) @ sizes
+    random, many = np.random.default_rng(seed), counts > 1
+    # Gaps of one size that keep their sign are a binomial number; of a size that occurs once they are a bit.
+    kept = random.binomial(counts[many], 0.5, size=(resamples, many.sum()))
+    sums = (2 * kept - counts[many]) @ sizes[many]
+    single = sizes[~many]
+    for start in range(0, len(single), TOSSED):
+        some = single[start : start + TOSSED]
+        bits = np.unpackbits(np.frombuffer(random.bytes(resamples * TOSSED // 8), np.uint8))
+        sums += (2.0 * bits.reshape(resamples, TOSSED)[:, : len(some)] - 1) @ some
     return float((1 + (np.abs(sums) >= abs(gap.sum()) - 1e-9).sum()) / (resamples + 1))
 
 
@@ -178,15 +244,15 @@ def random_level(
     names = benchmark.metrics if metrics is None else metrics
     counts = Counter(_cases(benchmark))
     levels = {}
-    for name in names:
-        kind, k = _parse(name, benchmark)
+    for part in dict.fromkeys(part for name in names for part in components(name)):
+        kind, k = _parse(part, benchmark)
         expected = _EXPECTED[kind]
         total = sum(
             count * expected(case, k, min(length or case.items, case.items))
             for case, count in counts.items()
         )
-        levels[name] = float(total / counts.total())
-    return levels
+        levels[part] = float(total / counts.total())
+    return {name: float(combined(name, levels)) for name in names}
 
 
 def overlap(rows: np.ndarray, exact: np.ndarray) -> float:
@@ -204,12 +270,13 @@ def _parse(name, benchmark):
     if not match:
         raise ValueError(
             f"no metric is named {name!r}; "
-            f"there are recall@k, target_recall@k, trec_recall@k, subset_recall@k, map@k, ndcg@k, "
-            f"mrr@k and mrr"
+            f"there are recall@k, target_recall@k, trec_recall@k, subset_recall@k, map@k, ndcg@k, mrr@k, mrr "
+            f"and mean(…) of some of them"
         )
     if match[1] == "subset_recall" and not benchmark.subset:
         raise ValueError(f"{name}: {benchmark.name}/{benchmark.variant} has no subsets")
-    return f"{match[1]}@" if match[1] == "mrr" else match[1] or "mrr", int(match[2] or 1)
+    kind = "mrr" if match[1] is None else "mrr@" if match[1] == "mrr" else match[1]
+    return kind, int(match[2] or 1)
 
 
 def _checked(rows, queries):
@@ -221,6 +288,11 @@ def _checked(rows, queries):
         )
     if not rows.shape[1]:
         rows = np.full((queries, 1), -1)
+    return without_repetition(rows)
+
+
+def without_repetition(rows: np.ndarray) -> np.ndarray:
+    """`rows` `[Q, K]` as int64; ValueError if a list names a row more than once (-1 counts for nothing)."""
     order = np.sort(rows, axis=1)
     again = (order[:, 1:] == order[:, :-1]) & (order[:, 1:] >= 0)
     if again.any():
@@ -295,7 +367,8 @@ def _cases(benchmark):
         near = set(group) - {reference}
         grades = tuple(sorted(truth.values(), reverse=True))
         items = len(benchmark.gallery) - (reference >= 0)
-        cases.append(_Case(items, grades, len(near), len(near & truth.keys())))
+        best = grades.count(grades[0])
+        cases.append(_Case(items, grades, best, len(near), len(near & truth.keys())))
     return cases
 
 
@@ -349,13 +422,9 @@ def _subset_recall(judged, k):
     return ((judged.grades > 0) & first).any(axis=1).astype(np.float64)
 
 
-def _reciprocal(judged, _):
-    right = judged.grades > 0
+def _reciprocal(judged, k=None):
+    right = judged.grades[:, :k] > 0
     return np.where(right.any(axis=1), 1 / (1 + right.argmax(axis=1)), 0.0)
-
-
-def _reciprocal_within(judged, k):
-    return _reciprocal(judged._replace(grades=judged.grades[:, :k]), k)
 
 
 def _average_precision(judged, k):
@@ -390,10 +459,6 @@ def _expected_reciprocal(case, _, length):
     return (missed[:-1] - missed[1:]) @ (1 / np.arange(1, len(missed)))
 
 
-def _expected_target(case, k, _):
-    return 1 - _missed(case.items, case.grades.count(case.grades[0]), k)[-1]
-
-
 def _expected_precision(case, k, _):
     right, place = len(case.grades), np.arange(min(k, case.items))
     before = place * (right - 1) / max(case.items - 1, 1)
@@ -411,8 +476,8 @@ _VALUES = {
     "target_recall": _target_recall,
     "trec_recall": _trec_recall,
     "subset_recall": _subset_recall,
-    "mrr": _reciprocal,
-    "mrr@": _reciprocal_within,
+    "mrr": lambda judged, _: _reciprocal(judged),
+    "mrr@": _reciprocal,
     "map": _average_precision,
     "ndcg": _gain,
 }
@@ -420,7 +485,7 @@ _VALUES = {
 # kind -> expectation over random orders, of (case, k, length of the list)
 _EXPECTED = {
     "recall": lambda case, k, _: 1 - _missed(case.items, len(case.grades), k)[-1],
-    "target_recall": _expected_target,
+    "target_recall": lambda case, k, _: 1 - _missed(case.items, case.best, k)[-1],
     "trec_recall": lambda case, k, _: min(k, case.items) / case.items,
     "subset_recall": lambda case, k, _: 1 - _missed(case.near, case.near_right, k)[-1],
     "mrr": _expected_reciprocal,

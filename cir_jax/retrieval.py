@@ -17,6 +17,7 @@ from cir_jax.model import Model
 
 # Features of candidates that are held at once while their pairs are scored.
 FEATURE_BYTES = 2**30
+COUNTED = 64  # queries whose scores of a whole gallery are held at once
 
 
 class Result(NamedTuple):
@@ -149,6 +150,58 @@ def score_candidates(
     return out
 
 
+def scores_of(
+    vectors: np.ndarray | tuple[np.ndarray, np.ndarray], items: np.ndarray, rows: np.ndarray
+) -> np.ndarray:
+    """Inner products `[Q, K]` of query vectors, as `retrieve` takes them, with the items `[N, D]` of `rows` `[Q, K]`.
+
+    Of queries that ask several times the best counts; -inf where the row is -1.
+    """
+    several = isinstance(vectors, tuple)
+    asked, mask = vectors if several else (vectors[:, None], np.ones((len(vectors), 1), bool))
+    scores = np.einsum("qmd,qkd->qmk", asked, items[rows.clip(min=0)])
+    best = np.where(mask[:, :, None], scores, -np.inf).max(axis=1)
+    return np.where(rows >= 0, best, -np.inf).astype(np.float32)
+
+
+def ranks_beyond(
+    vectors: np.ndarray | tuple[np.ndarray, np.ndarray],
+    items: np.ndarray,
+    hits: Hits,
+    positives: Sequence[Mapping[int, float]],
+    exclude: Sequence[int] = (),
+) -> np.ndarray:
+    """The 0-based rank `[Q]` of the best right answer where the exact list does not hold one, -1 where it does.
+
+    Counted are the items with a larger score, or an equal one and a lower row; that takes no sorting.
+    """
+    out = np.full(len(hits.rows), -1, np.int64)
+    several = isinstance(vectors, tuple)
+    ask = lambda query: vectors[0][query][vectors[1][query]] if several else vectors[[query]]
+    struck = exclude if len(exclude) else np.full(len(out), -1)
+    wanted = [np.array([row for row in r if row != x], np.int64) for r, x in zip(positives, struck)]
+    absent = lambda query: len(wanted[query]) and not np.isin(wanted[query], hits.rows[query]).any()
+    missing = np.array([q for q in range(len(out)) if absent(q) and len(ask(q))], np.int64)
+    for turn in _blocks(missing, COUNTED):
+        parts = [ask(query) for query in turn]
+        starts = np.cumsum([0, *map(len, parts[:-1])])
+        scores = np.maximum.reduceat(np.concatenate(parts) @ items.T, starts, axis=0)
+        for query, row in zip(turn, scores):
+            rank = _rank(row, wanted[query], struck[query])
+            # In rounding two products may differ; what was not listed lies behind the list.
+            out[query] = max(rank, hits.rows.shape[1])
+    return out
+
+
+def _rank(scores: np.ndarray, wanted: np.ndarray, struck: int) -> int:
+    """How many items `[N]` come before the best of the wanted ones."""
+    best = scores[wanted].max()
+    first = wanted[scores[wanted] == best].min()
+    before = (scores > best).sum() + (scores[:first] == best).sum()
+    counted = struck >= 0 and (scores[struck] > best or (scores[struck] == best and struck < first))
+    return int(before) - int(counted)
+
+
 def _blocks(values: np.ndarray, size: int) -> list[np.ndarray]:
     return [values[first : first + size] for first in range(0, len(values), size)]
 
@@ -161,11 +214,8 @@ def score_by_vectors(
     wanted = np.nonzero((rows >= 0).any(axis=1))[0]
     if len(wanted):
         asked = model.encode("query", [queries[row] for row in wanted])
-        several = isinstance(asked, tuple)
-        asked, mask = asked if several else (asked[:, None], np.ones((len(asked), 1), bool))
-        scores = np.einsum("qmd,qkd->qmk", asked, vectors[rows[wanted].clip(min=0)])
-        out[wanted] = np.where(mask[:, :, None], scores, -np.inf).max(axis=1)
-    return np.where(rows >= 0, out, -np.inf)
+        out[wanted] = scores_of(asked, vectors, rows[wanted])
+    return out
 
 
 def rerank(hits: Hits, scores: np.ndarray, fusion: float | None = None) -> Hits:

@@ -215,8 +215,8 @@ class Best:
 
         from cir_jax import optim, sharding
         from cir_jax.checkpoint import save_model
-        from cir_jax.eval import measure
         from cir_jax.model import Model
+        from cir_jax.runs import measure
 
         params = sharding.gather(optim.join(state["params"], state["frozen"]))
         model = Model(self.config.method, self.graph, params)

@@ -10,16 +10,17 @@ from test_methods import INPUTS, drawn
 
 import cir_jax
 from cir_jax import eval as evaluation
-from cir_jax import eval_report, metrics
+from cir_jax import eval_report, metrics, runs
 from cir_jax.checkpoint import save_model
 from cir_jax.config import Evaluation, Run
 from cir_jax.data import BENCHMARKS, emoji
 from cir_jax.data.benchmark import Benchmark
 from cir_jax.data.documents import BUILTIN, document_query
-from cir_jax.eval import evaluate, measure, pooled, print_table, with_variants
+from cir_jax.eval import evaluate, print_table, with_variants
 from cir_jax.files import read_json
 from cir_jax.methods import METHODS
 from cir_jax.model import Model
+from cir_jax.runs import measure, pooled
 
 QUERIES = 10
 ITEMS = 30
@@ -100,7 +101,7 @@ def pairs_scored(monkeypatch):
 
     def count_features(self, part, examples, *arguments, **options):
         name = "id" if part == "item" else "text"
-        last[part] = [examples[row][name] for row in range(len(examples))]
+        last[part] = [examples[row].get(name) for row in range(len(examples))]
         return features(self, part, examples, *arguments, **options)
 
     def count_pairs(self, queries, items, rows, *arguments, **options):
@@ -259,6 +260,7 @@ def test_the_candidates_do_not_depend_on_the_metrics(models, monkeypatch, tmp_pa
     """recall@1 needs one hit, its second stage as many as were asked for."""
     short = lambda variant, split: edits(variant, split, shown=("recall@1",))
     monkeypatch.setitem(BENCHMARKS, "small-edits", short)
+    monkeypatch.setattr(runs, "LISTED", 1)
     rows = evaluate(Evaluation((two_stages(models, k=8),)), tmp_path)
     assert [row["depth"] for row in rows] == [8, 8]
     loaded = [cir_jax.load(models[name]) for name in ("blip_rerank", "clip")]
@@ -308,3 +310,115 @@ def test_a_re_ranker_in_the_place_of_the_retriever_is_refused(models, tmp_path):
     run = Run("small-edits/noto/test", models["blip_rerank"])
     with pytest.raises(ValueError, match="blip_rerank is a re-ranker"):
         evaluate(Evaluation((run,)), tmp_path)
+
+
+def test_short_lists_change_no_number(models, monkeypatch, tmp_path):
+    """Ranks beyond a list are counted, and members of a group are scored, found or not."""
+    closed = [[row, row + 10, row + 12] for row in range(QUERIES)]
+    shown = ("recall@1", "mrr", "subset_recall@1", "mean(recall@1,subset_recall@1)")
+    near = lambda variant, split: dataclasses.replace(edits(variant, split, shown), subset=closed)
+    monkeypatch.setitem(BENCHMARKS, "small-edits", near)
+    whole = evaluate(Evaluation((two_stages(models),)), tmp_path / "whole")
+    monkeypatch.setattr(runs, "LISTED", 1)
+    short = evaluate(Evaluation((two_stages(models),)), tmp_path / "short")
+    assert [row["depth"] for row in whole + short] == [ITEMS, ITEMS, 6, 6]
+    for one, two in zip(whole, short):
+        assert one["metrics"] == two["metrics"] and one["random"] == two["random"]
+        assert one["median_rank"] == two["median_rank"] is not None
+        ranks = [
+            arrays_of(tmp_path / n, row)["rank"] for n, row in (("whole", one), ("short", two))
+        ]
+        np.testing.assert_array_equal(*ranks)
+        assert ranks[0].max() >= 6
+        parts = one["metrics"]["recall@1"], one["metrics"]["subset_recall@1"]
+        assert one["metrics"][shown[3]] == pytest.approx(sum(parts) / 2)
+    with_list = metrics.evaluate(
+        arrays_of(tmp_path / "whole", whole[0])["rows"], near("noto", "test")
+    )
+    assert with_list == pytest.approx(whole[0]["metrics"])
+    assert (
+        whole[1]["candidate_recall"] == (arrays_of(tmp_path / "whole", whole[0])["rank"] < 6).mean()
+    )
+
+
+def test_a_split_without_labels_gives_the_files_of_its_server(models, monkeypatch, small, tmp_path):
+    from cir_jax import submissions
+
+    closed = [[row, *range(row + 10, row + 15)] for row in range(QUERIES)]
+    hidden = lambda variant, split: dataclasses.replace(
+        edits(variant, split), name="cirr", positives=[{}] * QUERIES, subset=closed
+    )
+    monkeypatch.setitem(BENCHMARKS, "small-edits", hidden)
+    monkeypatch.setitem(submissions.CIRR_QUERIES, "test1", QUERIES)
+    kinds = submissions.KINDS
+    monkeypatch.setitem(kinds, "cirr recall", kinds["cirr recall"]._replace(names=ITEMS - 1))
+    rows = evaluate(Evaluation((two_stages(models),)), tmp_path)
+    assert [len(row["files"]) for row in rows] == [2, 2]
+    assert rows[0]["metrics"] == rows[1]["metrics"] == {} and small[0][1] == []
+    print_table(rows)
+    recall, near = (submissions.read(tmp_path / name) for name in rows[1]["files"])
+    ids, stored = hidden("noto", "test").ids, arrays_of(tmp_path, rows[1])
+    for query in range(QUERIES):
+        expected = [ids[row] for row in stored["rows"][query] if row not in (-1, query)]
+        assert recall.lists[f"q{query}"] == expected
+        assert set(near.lists[f"q{query}"]) <= {ids[row] for row in closed[query][1:]}
+        place = {name: number for number, name in enumerate(expected)}
+        if set(closed[query][1:]) <= set(stored["rows"][query, :6].tolist()):
+            assert sorted(near.lists[f"q{query}"], key=place.get) == near.lists[f"q{query}"]
+    monkeypatch.setitem(submissions.CIRR_QUERIES, "test1", 4148)
+    (row,) = evaluate(Evaluation((Run("small-edits/noto/test", models["clip"]),)), tmp_path)
+    assert "files" not in row and "10 queries, expected 4,148" in row["no_files"][0]
+
+
+def test_the_audit_asks_with_each_part_alone(models, small, pairs_scored, tmp_path, capsys):
+    rows = evaluate(Evaluation((two_stages(models),)), tmp_path, audit=True)
+    asked = [(row.get("asks", "all"), row["stage"]) for row in rows]
+    assert asked == [(part, stage) for part in ("all", "text", "image") for stage in (1, 2)]
+    assert len({row["ranks"] for row in rows}) == 6
+    queries = [query["text"] for query in edits().queries]
+    texts = [text for text, _ in pairs_scored]
+    assert texts.count("") == 6 * QUERIES and texts.count(queries[0]) == 2 * 6
+    model = cir_jax.load(models["clip"])
+    items = model.encode("item", edits().gallery)
+    for row, part in zip(rows[2::2], ("text", "image")):
+        vectors = model.encode("query", [{part: query[part]} for query in edits().queries])
+        rank = arrays_of(tmp_path, row)["rank"]
+        scores = vectors @ items.T
+        scores[np.arange(QUERIES), np.arange(QUERIES)] = -np.inf
+        best = np.array([max(scores[q, q + 10], scores[q, q + 15]) for q in range(QUERIES)])
+        np.testing.assert_array_equal(rank, (scores > best[:, None]).sum(axis=1))
+    (found,) = read_json(tmp_path / "results.json")["audits"]
+    assert found["stage"] == 2 and found["metrics"].keys() == {"recall@1", "recall@5"}
+    values = [arrays_of(tmp_path, row)["recall@1"] for row in rows[1::2]]
+    assert found["metrics"]["recall@1"]["either"] == np.maximum(*values[1:]).mean()
+    assert small[0][4] == [found]
+
+
+def test_one_part_alone_is_asked_of_composed_queries_only(models, tmp_path):
+    run = Run("small-stories/noto/test", models["cfir"], asks="text")
+    with pytest.raises(ValueError, match="asks with no picture and text together"):
+        evaluate(Evaluation((run,)), tmp_path)
+
+
+def test_categories_count_alike_however_large():
+    def result(variant, values, stage=1, **more):
+        row = {
+            "benchmark": "fashioniq:here", "variant": variant, "split": "val", "run": "m", "index_asked": "exact",
+            "stage": stage, "queries": len(values), "gallery": 9, "metrics": {"recall@10": np.mean(values)},
+            "milliseconds_per_query": 1.0, "milliseconds": {"search": 1.0}, "random": {"recall@10": 0.1},
+        } | more  # fmt: skip
+        ids = np.array([f"{variant}{n}" for n in range(len(values))])
+        return row, {"ids": ids, "recall@10": np.array(values, float)}
+
+    first = [result("dress", [1, 0, 0, 0]), result("shirt", [1, 1])]
+    more = {"reranker": "r", "k": 5, "fusion": None}
+    second = [result("dress", [1, 1, 0, 0], 2, **more), result("shirt", [1, 0], 2, **more)]
+    one, two = pooled([*first, *second, result("dress-union", [1, 1, 1, 1])])
+    assert one["variant"] == "dress+shirt" and (one["queries"], one["gallery"]) == (6, 18)
+    assert one["metrics"]["recall@10"] == pytest.approx((0.25 + 1) / 2)
+    assert two["metrics"]["recall@10"] == pytest.approx((0.5 + 0.5) / 2)
+    assert two["gain"]["recall@10"] == pytest.approx(0.5 - 0.625)
+    low, high = one["interval"]["recall@10"]
+    assert low == 0.5 and high <= 0.875
+    other = [({**row, "benchmark": "cirr"}, arrays) for row, arrays in first]
+    assert pooled(other) == []

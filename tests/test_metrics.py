@@ -1,27 +1,21 @@
 """Metrics: rankings worked out by hand, brute force on random ones, and exact expectations."""
 
 import itertools
+import json
 import time
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cir_jax import metrics
 from cir_jax.data.benchmark import Benchmark
 
-ALL = (
-    *(
-        "recall@1",
-        "recall@3",
-        "target_recall@3",
-        "trec_recall@3",
-        "map@3",
-        "ndcg@3",
-        "mrr@3",
-        "mrr",
-    ),
-    *("subset_recall@1", "subset_recall@2"),
-)
+ALL = ("recall@1", "recall@3", "map@3", "ndcg@3", "mrr", "subset_recall@1", "subset_recall@2")
+CIRCO = tuple(f"map@{k}" for k in (5, 10, 25, 50))
+TARGETS = tuple(f"target_recall@{k}" for k in (5, 10, 25, 50))
+ALL += ("target_recall@2", "trec_recall@3", "mrr@2", "mean(recall@3,subset_recall@1)")
 
 
 def made(positives, items, exclude=(), subset=(), rules=(), names=("recall@1", "mrr")):
@@ -67,14 +61,15 @@ def brute_force(row, right, reference, near):
         len([f for f in found if f <= k]) / (k + 1) for k in found if k < 3
     ) / min(3, len(right))
     gain = lambda grades: sum(g / np.log2(k + 2) for k, g in enumerate(grades[:3]))
+    values["mrr@2"] = 1 / (1 + found[0]) if found and found[0] < 2 else 0
+    values["trec_recall@3"] = len(set(ranked[:3]) & right.keys()) / len(right)
     best = sorted(right.values(), reverse=True)
+    values["target_recall@2"] = float(any(right.get(r) == best[0] for r in ranked[:2]))
     values["ndcg@3"] = gain([right.get(r, 0) for r in ranked]) / gain(best)
-    values["mrr@3"] = values["mrr"] if found and found[0] < 3 else 0
-    values["trec_recall@3"] = len([f for f in found if f < 3]) / len(right)
-    values["target_recall@3"] = float(any(right.get(r) == best[0] for r in ranked[:3]))
     closed = [r for r in ranked if r in near]
     for k in (1, 2):
         values[f"subset_recall@{k}"] = float(any(r in right for r in closed[:k]))
+    values["mean(recall@3,subset_recall@1)"] = (values["recall@3"] + values["subset_recall@1"]) / 2
     return values
 
 
@@ -137,9 +132,6 @@ def test_tables_by_rule():
         "a": {"queries": 1, "recall@1": 0, "mrr": 0.5},
         "b": {"queries": 2, "recall@1": 1, "mrr": 1},
     }
-    several = metrics.by_rule(values, [("b", "a"), ("a",), ()])
-    assert several["a"] == {"queries": 2, "recall@1": 0.5, "mrr": 0.75}
-    assert several["b"] == {"queries": 1, "recall@1": 1, "mrr": 1}
 
 
 def test_overlap():
@@ -150,7 +142,136 @@ def test_overlap():
         metrics.overlap(exact[:1], exact)
 
 
+def test_a_query_counts_in_each_of_its_kinds():
+    values = {"map@10": np.array([1, 0, 0.5])}
+    found = metrics.by_rule(values, [("a", "b"), ["b"], ("a", "a")])
+    assert found == {"a": {"queries": 2, "map@10": 0.75}, "b": {"queries": 2, "map@10": 0.5}}
+
+
+def test_median_rank():
+    assert metrics.median_rank(np.array([0, 4, 2])) == 3
+    assert metrics.median_rank(np.array([0, 1, 4, -1])) == 3.5
+    assert metrics.median_rank(np.array([0, -1, -1])) is None
+    assert metrics.median_rank(np.array([0, -1])) is None
+    assert metrics.median_rank(np.array([], int)) is None
+
+
+# ---- figures of others ----
+
+
+def test_average_precision_as_in_circo():
+    rows = np.array([range(100, 150)])
+    found = [
+        metrics.evaluate(rows, made([dict.fromkeys(right, 1.0)], 10_000), CIRCO)
+        for right in ([101, 104, 9999], [100, 101, 102, 103, 104, 110, 120])
+    ]
+    assert list(found[0].values()) == pytest.approx([0.3] * 4)
+    expected = [1.0, 0.714286, 0.839827, 0.839827]
+    assert list(found[1].values()) == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_sample_submission_of_circo_has_its_known_scores(shared):
+    read = lambda name: json.loads((shared / "data/circo" / name).read_text())
+    asked = read("annotations/val.json")
+    answers = read("submission_examples/submission_val.json")
+    lists = [answers[str(query["id"])] for query in asked]
+    ids = sorted(
+        {each for found in lists for each in found}.union(*(q["gt_img_ids"] for q in asked))
+    )
+    place = {each: row for row, each in enumerate(ids)}
+    grade = lambda query, each: 2.0 if each == query["target_img_id"] else 1.0
+    positives = [{place[each]: grade(q, each) for each in q["gt_img_ids"]} for q in asked]
+    aspects = [query["semantic_aspects"] for query in asked]
+    case = made(positives, len(ids), rules=aspects)
+    rows = np.array([[place[each] for each in found] for found in lists])
+    values = metrics.per_query(rows, case, CIRCO + TARGETS)
+    means = {name: 100 * value.mean() for name, value in values.items()}
+    expected = [0.4861, 0.5178, 0.5400, 0.6020, 0.9091, 0.9091, 1.3636, 3.6364]
+    assert list(means.values()) == pytest.approx(expected, abs=5e-5)
+    table = metrics.by_rule(values, aspects)
+    assert {k: round(100 * row["map@10"], 4) for k, row in table.items()} == {
+        "cardinality": 0,
+        "addition": 0.0871,
+        "negation": 0,
+        "direct_addressing": 0.9197,
+        "compare_change": 0.0242,
+        "comparative_statement": 1.0500,
+        "statement_with_conjunction": 0.6183,
+        "spatial_relations_background": 0.1808,
+        "viewpoint": 0.6173,
+    }
+    assert table["addition"]["queries"] == 80 and table["negation"]["queries"] == 21
+
+
+def test_cfir_s_reciprocal_rank_of_its_first_ten():
+    """The true values of cfir.md 6.5; the original's mean over blocks is not repeated."""
+    ranks = [1, 3, None, 12, 2]
+    rows = np.full((5, 20), -1)
+    for query, rank in enumerate(ranks):
+        rows[query] = [0 if place == rank else 100 + place for place in range(1, 21)]
+    case = made([{0: 1.0}] * 5, 200)
+    names = ("recall@1", "recall@10", "mrr@10")
+    expected = [0.2, 0.6, 0.366667]
+    assert list(metrics.evaluate(rows, case, names).values()) == pytest.approx(expected, abs=1e-6)
+
+
+def test_right_answers_outside_the_candidates_are_misses_at_every_k():
+    case = made([{0: 1.0}, {1: 1.0}], 9, names=("recall@1", "recall@5", "mrr", "map@5"))
+    rows = np.array([[2, 0, -1], [2, 0, -1]])
+    found = metrics.per_query(rows, case)
+    assert [value.tolist() for value in found.values()] == [[0, 0], [1, 0], [0.5, 0], [0.5, 0]]
+
+
 # ---- properties ----
+
+
+@st.composite
+def cases(draw):
+    """(full rankings, benchmark) with any right answers, references and subsets."""
+    items = draw(st.integers(4, 8))
+    some = st.sets(st.integers(0, items - 1), min_size=1, max_size=4)
+    queries = draw(st.integers(1, 4))
+    rows, positives, exclude, subset = [], [], [], []
+    for _ in range(queries):
+        rows.append(draw(st.permutations(range(items))))
+        right = draw(some)
+        positives.append({row: float(draw(st.integers(1, 3))) for row in right})
+        exclude.append(draw(st.sampled_from([-1, *sorted(set(range(items)) - right)])))
+        subset.append(sorted(draw(some)))
+    return np.array(rows), made(positives, items, exclude, subset, names=ALL)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(cases())
+def test_metrics_are_what_their_definitions_say(given):
+    rows, case = given
+    found = metrics.per_query(rows, case)
+    for query, row in enumerate(rows.tolist()):
+        expected = brute_force(row, case.positives[query], case.exclude[query], case.subset[query])
+        assert {name: found[name][query] for name in ALL} == pytest.approx(expected)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(cases(), st.randoms(use_true_random=False))
+def test_recalls_grow_with_k_and_do_not_depend_on_numbering(given, random):
+    rows, case = given
+    items = len(case.gallery)
+    for kind in ("recall", "target_recall", "trec_recall", "subset_recall", "mrr"):
+        names = [f"{kind}@{k}" for k in range(1, items + 1) if kind != "mrr" or k < items]
+        values = np.array([metrics.per_query(rows, case, [name])[name] for name in names])
+        if kind == "subset_recall":
+            assert set(values[-1]) <= {0.0, 1.0}
+        assert (np.diff(values, axis=0) >= 0).all()
+    new = np.array(random.sample(range(items), items))
+    moved = made(
+        [{int(new[row]): grade for row, grade in right.items()} for right in case.positives],
+        items,
+        [int(new[row]) if row >= 0 else -1 for row in case.exclude],
+        [[int(new[row]) for row in near] for near in case.subset],
+        names=ALL,
+    )
+    before, after = metrics.per_query(rows, case), metrics.per_query(new[rows], moved)
+    assert all((before[name] == after[name]).all() for name in ALL)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -262,6 +383,17 @@ def test_interval_of_equal_values_is_a_point():
     assert metrics.interval(np.ones(10)) == (1, 1)
 
 
+def test_interval_of_a_mean_over_groups():
+    """Groups count alike however large they are, and each is drawn from itself."""
+    random = np.random.default_rng(0)
+    groups = [random.random(900), 3 + random.random(100)]
+    low, high = metrics.mean_interval(groups)
+    mean = (groups[0].mean() + groups[1].mean()) / 2
+    half = 1.96 * np.hypot(groups[0].std() / 30, groups[1].std() / 10) / 2
+    assert (low, high) == pytest.approx((mean - half, mean + half), abs=0.003)
+    assert metrics.mean_interval(groups[:1]) == metrics.interval(groups[0])
+
+
 def test_intervals_of_every_metric_take_less_than_a_second():
     rng = np.random.default_rng(0)
     rows = rng.permuted(np.tile(np.arange(1000), (710, 1)), axis=1)
@@ -302,7 +434,9 @@ def test_paired_p_is_uniform_under_the_null():
 # ---- what is refused ----
 
 
-@pytest.mark.parametrize("name", ["recall", "recall@0", "recall@-1", "precision@5", "mrr@0", ""])
+@pytest.mark.parametrize(
+    "name", ["recall", "recall@0", "recall@-1", "precision@5", "mrr@", "", "mean()", "mean(mrr,)"]
+)
 def test_unknown_metrics_are_refused(name):
     with pytest.raises(ValueError, match=r"no metric is named .*there are recall@k"):
         metrics.evaluate(np.array([[0]]), made([{0: 1.0}], 1), [name])

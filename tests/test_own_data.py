@@ -19,7 +19,6 @@ from pyarrow import parquet
 from test_methods import INPUTS, drawn
 
 import cir_jax
-from cir_jax import eval as evaluation
 from cir_jax import metrics, optim
 from cir_jax.checkpoint import save_model
 from cir_jax.config import Data, Evaluation, Experiment, Optim, Run, Train
@@ -39,6 +38,7 @@ from cir_jax.eval import evaluate, with_limit, with_variants
 from cir_jax.fine_tuning import fine_tune
 from cir_jax.methods.blip_itm import BlipItmConfig
 from cir_jax.methods.clip import ClipConfig
+from cir_jax.runs import measure
 from cir_jax.train import check_experiment, make_init, prepare_workdir, train, training_batches
 from cir_jax.warm_start import warm_start
 from cir_jax.workspace import content_digest
@@ -572,7 +572,7 @@ def test_training_on_own_data_lowers_the_loss(colours, start, tmp_path, quickly_
     losses = [record["loss"] for record in records if "loss" in record]
     for kind in (losses[::2], losses[1::2]):
         assert np.mean(kind[-5:]) < 0.9 * np.mean(kind[:5])
-    found, at_first = (evaluation.measure(m, config.evals[0])["mrr"] for m in (tuned, before))
+    found, at_first = (measure(m, config.evals[0])["mrr"] for m in (tuned, before))
     assert found > at_first + 0.05
     words = [model.params["text"]["embedding"] for model in (tuned, before)]
     np.testing.assert_array_equal(*words, err_msg="frozen word vectors have moved")

@@ -11,7 +11,9 @@ import pytest
 
 from cir_jax import metrics, report
 from cir_jax.data.benchmark import Benchmark
-from cir_jax.eval_report import SHORT, SHOWN, evaluation_page, examples, recall_curve
+from cir_jax.eval_report import EXAMPLES, evaluation_page, examples
+from cir_jax.report_pictures import SHORT, SHOWN
+from cir_jax.report_plots import recall_curve
 
 VOID = {"meta", "br", "img"}
 SCRIPT = "<script>alert('x')</script>"
@@ -210,6 +212,29 @@ def test_the_page_says_how_examples_were_chosen(made):
     assert "Drawn at random" in drawn and "Not chosen: 4 of all 6 queries" in drawn
 
 
+def test_best_and_worst_are_those_after_the_last_stage():
+    before, after = np.array([0, 0, 0, 9, 9]), np.array([0, 10, 0, 0, 4])
+    lead = np.array([0.1, 0.9, 0.5, 0.2, 0.8])
+    chosen = examples(before, after, 10, 2, lead)
+    assert chosen["best"] == [2, 3] and chosen["worst"] == [1, 4]
+    assert examples(before, np.zeros(5, int), 10, 2)["worst"] == []
+
+
+def test_ranks_are_counted_before_and_after(made):
+    (card,) = [n for n in made[1].find("article", "card") if n.find("div", "histogram")]
+    told = [node.attributes["aria-label"] for node in card.find("div", "histogram")[0].children]
+    assert told == [
+        "rank 1: 1 → 2 queries",
+        "rank 2: 1 → 1 queries",
+        "rank 3–5: 2 → 2 queries",
+        "rank 6–10: 1 → 0 queries",
+        "rank 11+: 1 → 1 queries",
+    ]
+    assert "median rank 4 → 2.5" in card.text
+    heights = [i.attributes["style"] for i in card.find("div", "histogram")[0].find("i")]
+    assert heights[:4] == ["height:50.0%", "height:100.0%", "height:50.0%", "height:50.0%"]
+
+
 def test_wins_and_losses_are_counted(made):
     (key,) = [node for node in made[1].find("div", "key") if "moved up" in node.text]
     assert [node.text for node in key.find("b")] == ["3", "1", "2"]
@@ -227,7 +252,7 @@ def test_a_shorter_second_list_moves_nothing_that_lies_beyond_it(tmp_path):
     _, root = written(tmp_path, both(benchmark, kept, shorter), benchmark)
     (key,) = [node for node in root.find("div", "key") if "moved up" in node.text]
     assert [node.text for node in key.find("b")] == ["0", "6", "0"]
-    assert "No right answer moved down" in root.text
+    assert "No query whose right answer moved down" in root.text
 
 
 def test_card_shows_values_intervals_gain_and_chance(tmp_path):
@@ -330,7 +355,9 @@ def test_a_first_stage_alone_is_shown_without_a_comparison(tmp_path):
     (card,) = root.find("section", "cards")[0].find("article")
     assert [node.text for node in card.find("b", "big")] == ["16.7%"]
     assert "stage 1 only" in card.text
-    assert not root.find("article", "example") and not root.find("div", "moves")
+    assert not root.find("div", "gain") and not root.find("div", "moves")
+    assert "rank 1" in example(root, 1, "best").text and "beyond" in example(root, 3, "worst").text
+    assert len(root.find("div", "drawn")[0].find("article", "example")) == EXAMPLES
     assert root.find("svg") and len(root.find("table", "all")[0].find("tr")) == 2
     assert "second stage" not in root.text
 
@@ -438,7 +465,7 @@ def test_many_benchmarks_share_the_examples_of_a_page(tmp_path):
     benchmarks = [made_benchmark(variant=f"v{number}") for number in range(6)]
     results = [e for benchmark in benchmarks for e in both(benchmark)]
     _, root = written(tmp_path, results, *benchmarks)
-    assert len(root.find("article", "example")) == 6 * 3 * 2
+    assert len(root.find("article", "example")) == 6 * 5 * 2
 
 
 def test_the_page_of_a_search_is_whole(tmp_path):
@@ -471,3 +498,36 @@ def test_heavy_libraries_wait_until_they_are_needed():
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_audit_is_a_table_of_shares_and_its_rows_are_no_systems(tmp_path):
+    benchmark = made_benchmark()
+    interval = {name: [0.1, 0.9] for name in ("all", "text", "image", "either")}
+    shares = {
+        "all": 0.8,
+        "text": 0.2,
+        "image": 0.3,
+        "either": 0.4,
+        "rest": 0.75,
+        "rest_interval": [0.5, 1.0],
+    }
+    audit = {
+        "benchmark": SCRIPT, "variant": "noto", "split": "test", "run": "m", "stage": 1, "queries": 6,
+        "metrics": {"recall@1": shares | {"interval": interval, "rest_queries": 4}},
+    }  # fmt: skip
+    alone = entry(benchmark, hits(AFTER), asks="text")
+    results = [entry(benchmark, hits(BEFORE)), alone]
+    source, root = written(tmp_path, results, benchmark, audits=[audit])
+    assert SCRIPT not in source
+    (table,) = root.find("table", "audit")
+    assert [node.text for node in table.find("b")] == ["20.0", "30.0", "40.0", "80.0", "75.0"]
+    assert "4 queries" in table.text
+    parts = table.find("div", "moves")[0].find("span")
+    assert [part.attributes["style"] for part in parts] == [
+        "flex:0.4000",
+        "flex:0.4500",
+        "flex:0.1500",
+    ]
+    (cards,) = root.find("section", "cards")
+    assert [node.text for node in cards.find("b", "big")] == ["16.7%"]  # of the whole query alone
+    assert "text alone" in root.find("table", "all")[0].text

@@ -507,3 +507,41 @@ def test_features_of_queries_that_ask_several_times_are_refused():
         tiny("clip").features("query", [{"texts": ["a", "b"]}])
     with pytest.raises(ValueError, match="expected 'query' or 'item'"):
         tiny("clip").features("image", [])
+
+
+# ---- ranks beyond a list, and scores of chosen items ----
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+def test_ranks_beyond_a_list_are_those_of_the_whole_one(seed, several):
+    from cir_jax import metrics
+    from cir_jax.index import ExactIndex
+    from cir_jax.retrieval import ranks_beyond
+
+    rng = np.random.default_rng(seed)
+    items = rng.integers(-2, 3, (40, 3)).astype(np.float32)  # many equal scores
+    vectors = rng.integers(-2, 3, (12, 2, 3)).astype(np.float32)
+    mask = np.array([[True, each] for each in rng.random(12) < 0.5])
+    asked = (vectors, mask) if several else vectors[:, 0]
+    positives = [{int(r): 1.0 for r in rng.choice(40, 2, replace=False)} for _ in range(12)]
+    exclude = rng.integers(-1, 40, 12).tolist()
+    positives = [{r: g for r, g in right.items() if r != x} for right, x in zip(positives, exclude)]
+    whole = retrieve(ExactIndex(items), asked, 40, exclude)
+    cut = retrieve(ExactIndex(items), asked, 5, exclude)
+    expected = metrics.ranks(whole.rows, positives, exclude)
+    found = metrics.ranks(cut.rows, positives, exclude)
+    beyond = ranks_beyond(asked, items, cut, positives, exclude)
+    assert (beyond[found >= 0] == -1).all() and (beyond >= 5).any()
+    np.testing.assert_array_equal(np.where(found < 0, beyond, found), expected)
+
+
+def test_scores_of_chosen_items():
+    from cir_jax.retrieval import scores_of
+
+    items = np.eye(3, dtype=np.float32)
+    vectors = np.array([[1.0, 2, 3], [4, 5, 6]], np.float32)
+    rows = np.array([[2, 0, -1], [1, 1, 0]])
+    assert scores_of(vectors, items, rows).tolist() == [[3, 1, -np.inf], [5, 5, 4]]
+    both = np.stack([vectors, vectors[::-1]], axis=1), np.array([[True, True], [True, False]])
+    assert scores_of(both, items, rows).tolist() == [[6, 4, -np.inf], [5, 5, 4]]

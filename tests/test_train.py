@@ -21,9 +21,9 @@ from cir_jax.config import Data, Experiment, Optim, Train
 from cir_jax.data import BENCHMARKS, training_set
 from cir_jax.data.images import ImageSpec
 from cir_jax.data.pipeline import train_batches, turns
-from cir_jax.eval import measure
 from cir_jax.methods.blip_cir import BlipCirConfig
 from cir_jax.methods.blip_rerank import BlipRerankConfig
+from cir_jax.runs import measure
 from cir_jax.train import check_experiment, prepare_workdir, train
 
 CONFIG = """
@@ -140,13 +140,12 @@ def test_best_model_is_kept_not_the_last(finished):
 
 
 def test_the_best_of_many_evaluations_is_kept(tiny_experiment, tmp_path, monkeypatch):
-    from cir_jax import checkpoint
-    from cir_jax import eval as evaluation
+    from cir_jax import checkpoint, runs
     from cir_jax.train import Best, make_init
 
     scores = iter([0.3, 0.2, 0.4, 0.1])
     measure = lambda model, name, retriever, work: {"recall@10": next(scores)}
-    monkeypatch.setattr(evaluation, "measure", measure)
+    monkeypatch.setattr(runs, "measure", measure)
     graph, _ = checkpoint.abstract_params(tiny_experiment.method)
     init = make_init(tiny_experiment, optim.optimizer(tiny_experiment.optim, 8))
     state = jax.jit(init)(jax.random.key(0))

@@ -160,6 +160,10 @@ class Array:
     def read(self) -> np.ndarray:
         order = "F" if self.fortran else "C"
         flat = np.frombuffer(self.data, self.dtype)
+        if flat.dtype.kind == "U" and flat.size:
+            points = flat.astype(flat.dtype.newbyteorder("=")).view(np.uint32)
+            if ((points > 0x10FFFF) | ((points >= 0xD800) & (points < 0xE000))).any():
+                raise damaged("a numpy array of text has numbers that are no characters")
         return flat.astype(self.dtype.newbyteorder("=")).reshape(self.shape, order=order)
 
 
@@ -567,7 +571,7 @@ def _encode(machine: Machine, text, encoding="latin1") -> bytes:
 
 
 def _numpy_dtype(machine: Machine, code, *rest) -> Dtype:
-    if type(code) is not str or not re.fullmatch(r"b1|[iu][1248]|f[248]|c8|c16", code):
+    if type(code) is not str or not re.fullmatch(r"b1|[iu][1248]|f[248]|c8|c16|U[1-9]\d?", code):
         raise refused(f"the file holds a numpy array of dtype {shown(code)}")
     return Dtype(code)
 

@@ -189,6 +189,23 @@ def joined(sources: Mapping[str, Source]) -> Source:
     )
 
 
+def open_lists(path: str | os.PathLike) -> Source:
+    """All that a file of `torch.save` holds, arrays of text among the tensors: lists of results, say, and no weights.
+
+    Raises: as `open_source`.
+    """
+    path = local_path(path)
+    with reported(path, "read"), open(path, "rb") as opened:
+        zipped = opened.read(4) == ZIP
+    try:
+        file = Bytes(path)
+        value, layout = read_zip(file) if zipped else (read_stream(file), "torch legacy")
+        gathered = Gathered(iter(range(MOST_VISITS)), texts=True).add("", value)
+    except ValueError as error:
+        raise ValueError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
+    return Source(Tensors(gathered.tensors), None, gathered.facts, layout, {}, (path,))
+
+
 def _is_json(path: Path) -> bool:
     with reported(path, "read"), open(path, "rb") as file:
         start = file.read(64)
@@ -472,10 +489,11 @@ class Gathered:
 
     Args:
       budget: gives one item for each value that may still be visited.
+      texts: take arrays of text too; weights have none.
     """
 
-    def __init__(self, budget: Iterator[int]):
-        self.budget = budget
+    def __init__(self, budget: Iterator[int], texts: bool = False):
+        self.budget, self.texts = budget, texts
         self.tensors: dict[str, Tensor | Array] = {}
         self.facts: dict[str, Any] = {}
 
@@ -511,6 +529,8 @@ class Gathered:
             raise damaged(f"two tensors are called {shown(name)}")
         if type(value) is Array and value.dtype is None:
             raise damaged(f"the numpy array {shown(name)} has no values")
+        if value.dtype.kind == "U" and not self.texts:
+            raise refused(f"the file holds a numpy array of dtype {shown(value.dtype.str)}")
         self.tensors[name] = value
 
     def _object(self, name: str, shell: Shell, depth: int) -> None:

@@ -47,7 +47,7 @@ class Benchmark:
     positives: Sequence[Mapping[int, float]]
     exclude: Sequence[int] = ()
     subset: Sequence[Sequence[int]] = ()
-    rules: Sequence[str | tuple[str, ...]] = ()
+    rules: Sequence[str | Sequence[str]] = ()
     metrics: tuple[str, ...] = ("recall@1", "recall@5", "recall@10", "mrr")
 
     def __post_init__(self):
