@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cir_jax import files, metrics
+from cir_jax import files, metrics, submissions
 from cir_jax.config import Run
 from cir_jax.data.benchmark import Chosen
 from cir_jax.data.documents import BUILTIN
@@ -371,13 +371,17 @@ def _mean_row(flags, styles, rows):
 
 
 def check_run(run: Run, work: Workspace) -> None:
-    """Refuse, before anything is computed, a run whose models cannot read the queries of its benchmark."""
+    """Refuse, before anything is computed, a run that would tell nothing, or whose models cannot read the queries."""
     from cir_jax.audit import composed
     from cir_jax.methods import METHODS, method_name, reranks
     from cir_jax.model import as_example
     from cir_jax.retrieval import as_query
 
     benchmark = work.benchmark(run.benchmark)
+    if not any(benchmark.positives) and not submissions.has_server(benchmark):
+        raise ValueError(
+            f"the answers of {run.benchmark} are not published, so that nothing can be measured here"
+        )
     if reranks(work.model(run.retriever).config):
         raise ValueError(f"{run.retriever} is a re-ranker; a run needs a retriever before it")
     if run.asks != "all" and not composed(benchmark):

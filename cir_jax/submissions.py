@@ -361,6 +361,11 @@ def _trec_text(found: Lists) -> str:
     return "".join(lines)
 
 
+def has_server(benchmark: Benchmark) -> bool:
+    """Whether evaluations of a benchmark are written as files for its server."""
+    return benchmark.name.partition(":")[0] in ("cirr", "circo")
+
+
 def of_hits(
     benchmark: Benchmark, rows: np.ndarray, members: np.ndarray | None = None
 ) -> dict[str, Lists]:

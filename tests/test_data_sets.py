@@ -213,8 +213,8 @@ def test_models_are_measured_on_them(name, made, tiny_experiment, tmp_path):
 
 
 def test_nothing_is_measured_without_answers(made):
-    run = Run("cirr/rc2/test1", "emoji_cir")
-    with pytest.raises(ValueError, match="answers of cirr/rc2/test1 are not published"):
+    run = Run("openimages/dialogues/test", "emoji_text")
+    with pytest.raises(ValueError, match="answers of openimages/dialogues/test are not published"):
         check_run(run, Workspace())
 
 
