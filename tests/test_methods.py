@@ -323,8 +323,8 @@ def test_scores_in_bfloat16_stay_close_to_float32(name):
     close(scores_of(name, LISTS), np.asarray(score(model.params, queries, lists)))
 
 
-# One of each kind of tower and of attention.
-@pytest.mark.parametrize("name", ["clip", "cfir", "maria", "magiclens", "blip_rerank"])
+# A loss without jumps: a hinge turns on and off with the last digit.
+@pytest.mark.parametrize("name", ["clip", "cfir"])
 def test_gradients_in_bfloat16_point_where_those_of_float32_do(name):
     def direction(model):
         loss = lambda p: nnx.merge(model.graph, p).loss(training_batch(name), jax.random.key(0))[0]

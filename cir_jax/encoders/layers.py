@@ -40,14 +40,16 @@ def _narrow(expression, x, y):
 
 
 def _narrow_forward(expression, x, y):
-    wide, x, y = x.dtype, x.astype(jnp.bfloat16), y.astype(jnp.bfloat16)
-    return jnp.einsum(expression, x, y, preferred_element_type=wide), (x, y)
+    narrow = x.astype(jnp.bfloat16)
+    made = jnp.einsum(expression, narrow, y.astype(jnp.bfloat16), preferred_element_type=x.dtype)
+    # `y` may be parameters, whose copies a loop over layers would have to keep.
+    return made, (narrow, y)
 
 
 def _narrow_backward(expression, saved, slope):
     """Each gradient is the same kind of product, of the slope and the other operand."""
     (left, right, result), (x, y) = re.split(",|->", expression), saved
-    narrow = slope.astype(jnp.bfloat16)
+    y, narrow = y.astype(jnp.bfloat16), slope.astype(jnp.bfloat16)
 
     def gradient(wanted, *operands):
         # The operand with the last axis goes last: XLA may turn a transposed product into one that no CPU code exists for.
