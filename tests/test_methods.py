@@ -323,7 +323,7 @@ def test_scores_in_bfloat16_stay_close_to_float32(name):
     close(scores_of(name, LISTS), np.asarray(score(model.params, queries, lists)))
 
 
-# A loss without jumps: a hinge turns on and off with the last digit.
+# Not maria: its tiny model reaches only 0.96 (0.98 with a contrastive loss), and why is not known yet.
 @pytest.mark.parametrize("name", ["clip", "cfir"])
 def test_gradients_in_bfloat16_point_where_those_of_float32_do(name):
     def direction(model):
