@@ -533,6 +533,36 @@ def test_learned_factors_and_norms_of_adapters(vocabulary, tmp_path):
         np.testing.assert_array_equal(scale, (1.5, 1.5))
 
 
+HEADS = ("vision_head.weight", "language_head.weight", "logit_scale")
+
+
+def keep_one_head(tensors):
+    for name in HEADS[:2]:
+        del tensors[name]
+
+
+def test_a_pretrained_checkpoint_begins_with_new_heads(vocabulary, tmp_path):
+    from golden_convert import save
+
+    _, tensors = saved(tmp_path, SMALL, vocabulary)
+    bare = {name: x for name, x in tensors.items() if name not in HEADS}
+    bare["mlm_head.weight"] = np.zeros((2, 2), np.float32)
+    source = save(tmp_path / "pretrained.safetensors", bare)
+    done = convert(source, tmp_path / "model", "cfir", tokenizer=vocabulary)
+    assert done.layout == "BEiT-3, pre-training" and done.tensors == len(tensors) - len(HEADS)
+    assert all(name in done.notes[-1] for name in HEADS)
+    model = cir_jax.load(tmp_path / "model")
+    expected = golden.params(tensors, model.config.encoder)
+    assert model.params["logit_scale"] == pytest.approx(2.659260, abs=1e-6)
+    heads = [model.params[name]["kernel"] for name in ("image_project", "text_project")]
+    assert all(0 < x.std() < 0.1 for x in heads) and not np.array_equal(*heads)
+    for tower in ("image", "text"):
+        jax.tree.map(np.testing.assert_array_equal, model.params[tower], expected[tower])
+    again = convert(source, tmp_path / "again", "cfir", tokenizer=vocabulary)
+    assert again.fingerprint == done.fingerprint
+    assert model.encode("query", [PLAIN[0]]).shape == (1, 64)
+
+
 def test_what_cfir_cannot_be_made_of(vocabulary, tmp_path):
     from golden_convert import save
 
@@ -546,7 +576,9 @@ def test_what_cfir_cannot_be_made_of(vocabulary, tmp_path):
     words = "beit3.text_embed.weight"
     table_a = "beit3.encoder.embed_positions.A.weight"
     for change, message in (
-        (lambda t: t.pop("vision_head.weight"), "not trained for retrieval: it has no vision_head"),
+        (lambda t: t.pop("vision_head.weight"), "1 fault:\n  missing vision_head.weight"),
+        (lambda t: t.pop("logit_scale"), "1 fault:\n  missing logit_scale"),
+        (keep_one_head, "2 faults:\n  missing language_head.weight\n  missing vision_head.weight"),
         (lambda t: t.pop(words), "this is no BEiT-3"),
         (lambda t: t.update({words: t[words][:9]}), "9 rows, .* gives"),
         (lambda t: t.update({table_a: t[table_a][:6]}), "has 6 rows, expected 3 and a square"),

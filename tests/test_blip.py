@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from test_clip import dot_products
+from test_clip import NARROW, products
 
 from cir_jax import losses, sharding
 from cir_jax.data.images import ImageSpec
@@ -612,10 +612,11 @@ def test_loss_of_four_devices_equals_one(name):
 @pytest.mark.parametrize("name", BLIP_METHODS)
 def test_every_product_of_bfloat16_returns_float32(name):
     loss, params = pure_loss(made(name, dtype="bfloat16"))
-    products = dot_products(jax.make_jaxpr(loss)(params, batch_for(name)).jaxpr)
     # Only the comparison of unit vectors in the contrastive loss stays in float32.
-    compared = set() if name == "blip_rerank" else {("float32", "float32")}
-    assert {(str(x), str(y)) for x, y in products} == {("bfloat16", "float32")} | compared
+    compared = set() if name == "blip_rerank" else {("float32",) * 3}
+    for program in (loss, jax.grad(loss)):
+        found = products(jax.make_jaxpr(program)(params, batch_for(name)).jaxpr)
+        assert {*found} == {NARROW} | compared
 
 
 @pytest.mark.parametrize("name", ("blip_rerank", "blip_itm"))

@@ -111,19 +111,25 @@ def test_padding_and_length_do_not_change_a_text():
 
 def test_every_product_of_bfloat16_returns_float32():
     graph, params = nnx.split(golden_clip(dtype=np.float32, compute="bfloat16"))
-    jaxpr = jax.make_jaxpr(lambda p, x: nnx.merge(graph, p).image(x))(params, pictures(np.float32))
-    products = list(dot_products(jaxpr.jaxpr))
-    assert len(products) >= 7
-    assert {str(x) for x, _ in products} == {"bfloat16"}
-    assert {str(y) for _, y in products} == {"float32"}
+    total = lambda p, x: nnx.merge(graph, p).image(x).sum()
+    forward, both = (
+        list(products(jax.make_jaxpr(f)(params, pictures(np.float32)).jaxpr))
+        for f in (total, jax.grad(total))
+    )
+    # Patches, eight of a block, the head; then two gradients of each.
+    assert len(forward) == 10 and len(both) >= 3 * 10
+    assert {*forward, *both} == {NARROW}
 
 
-def dot_products(jaxpr):
-    """(operand type, result type) of every matrix product in a program, inside loops too."""
+NARROW = ("bfloat16", "bfloat16", "float32")
+
+
+def products(jaxpr):
+    """Types of the operands and of the result of every product and convolution in a program, inside loops too."""
     for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            yield equation.invars[0].aval.dtype, equation.outvars[0].aval.dtype
-        for value in equation.params.values():
+        if equation.primitive.name in ("dot_general", "conv_general_dilated"):
+            yield tuple(str(x.aval.dtype) for x in (*equation.invars, *equation.outvars))
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: x is None):
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):
-                yield from dot_products(inner)
+                yield from products(inner)

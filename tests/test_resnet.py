@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from test_clip import NARROW, products
 from test_methods import INPUTS, made, training_batch
 
 from cir_jax import optim
 from cir_jax.checkpoint import abstract_params
 from cir_jax.encoders.clip import VisionConfig
-from cir_jax.encoders.resnet import ResnetConfig, grouped, plain, pooled
+from cir_jax.encoders.resnet import ResnetConfig, convolve, pooled
 from cir_jax.methods.clip import Clip, ClipConfig
 from cir_jax.typed import from_json, to_json
 
@@ -95,16 +96,36 @@ def test_pooling_cuts_what_is_left_over():
     assert pooled(x, 1) is x
 
 
-@pytest.mark.parametrize("stride, side", [(1, 3), (2, 3), (2, 1)])
-def test_gradients_of_a_grouped_convolution_are_those_of_the_plain_one(stride, side):
+@pytest.mark.parametrize("stride, side, groups", [(1, 3, 4), (2, 3, 4), (2, 3, 1), (2, 1, 1)])
+def test_gradients_of_a_convolution_are_those_of_xla(stride, side, groups):
     draw = np.random.default_rng(0)
-    x = draw.standard_normal((2, 5, 6, 8)).astype(np.float32)
-    kernel = draw.standard_normal((side, side, 2, 12)).astype(np.float32)
-    weights = draw.standard_normal(plain(x, kernel, stride, 4, "float32").shape)
+    x = draw.standard_normal((2, 7, 8, 8)).astype(np.float32)
+    kernel = draw.standard_normal((side, side, 8 // groups, 12)).astype(np.float32)
+    weights = draw.standard_normal(convolve(x, kernel, stride, groups, "float32").shape)
 
-    def gradients(convolve):
-        value = lambda x, kernel: (weights * convolve(x, kernel, stride, 4, "float32")).sum()
-        return jax.grad(value, (0, 1))(x, kernel)
+    def xla(x, kernel):
+        numbers, edges = ("NHWC", "HWIO", "NHWC"), ((side // 2,) * 2,) * 2
+        options = {"dimension_numbers": numbers, "feature_group_count": groups}
+        return jax.lax.conv_general_dilated(x, kernel, (stride,) * 2, edges, **options)
 
-    for found, expected in zip(gradients(grouped), gradients(plain)):
-        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    def gradients(call):
+        total = lambda x, kernel: (weights * call(x, kernel)).sum()
+        return jax.jit(jax.grad(total, (0, 1)))(x, kernel)
+
+    ours = lambda dtype: gradients(lambda x, kernel: convolve(x, kernel, stride, groups, dtype))
+    for exact, rough, expected in zip(ours("float32"), ours("bfloat16"), gradients(xla)):
+        np.testing.assert_allclose(exact, expected, rtol=1e-5, atol=1e-5)
+        assert rough.dtype == jnp.float32 and 0.9999 < cosine(rough, expected) < 1
+
+
+def test_every_convolution_of_bfloat16_returns_float32():
+    config = dataclasses.replace(tiny(), dtype="bfloat16")
+    graph, params = abstract_params(config)
+    total = lambda p: nnx.merge(graph, p).image(jnp.ones((2, 32, 32, 3))).sum()
+    assert {*products(jax.make_jaxpr(jax.grad(total))(params).jaxpr)} == {NARROW}
+
+
+def cosine(x, y):
+    """Of two arrays as vectors."""
+    x, y = np.ravel(x).astype(float), np.ravel(y).astype(float)
+    return x @ y / np.linalg.norm(x) / np.linalg.norm(y)

@@ -30,9 +30,18 @@ from cir_jax.data.text import TextSpec, tokenizer
 from cir_jax.encoders.beit3 import UNREAD, AdapterConfig, Beit3Config
 from cir_jax.methods.cfir import CfirConfig
 
-LAYOUT = "BEiT-3 for retrieval"
+LAYOUT, PRETRAINED = "BEiT-3 for retrieval", "BEiT-3, pre-training"
+FRESH = (
+    "not trained for retrieval: vision_head.weight and language_head.weight begin at random (seed 0), logit_scale at "
+    "ln(1 / 0.07); train it before it searches"
+)
 LAYER = "beit3.encoder.layers."
-HEADS = ("vision_head.weight", "language_head.weight", "logit_scale")
+# What retrieval adds to the pre-trained model -> the parameters.
+HEADS = {
+    "vision_head.weight": "image_project/kernel",
+    "language_head.weight": "text_project/kernel",
+    "logit_scale": "logit_scale",
+}
 IGNORED = {
     r"(?!beit3\.|vision_head\.|language_head\.|logit_scale).*": "a head of pre-training or of another task",
 }
@@ -116,18 +125,17 @@ def plan(sources: Mapping[str, Any], options: Options) -> Plan:
         raise ValueError(
             f"this is no BEiT-3: there is no beit3.text_embed.weight among its {len(tensors)} tensors"
         )
-    absent = [name for name in HEADS if name not in tensors]
-    if absent:
-        raise ValueError(
-            f"this BEiT-3 was not trained for retrieval: it has no {', '.join(absent)}; take one whose name has "
-            "itc or retrieval in it"
-        )
     adapter, note = _adapters(tensors, options)
     encoder = _sizes(tensors, adapter)
     text = _text(encoder, options)
     image = ImageSpec(encoder.size, "squash", mean=(0.5,) * 3, std=(0.5,) * 3)
     config = CfirConfig(encoder, inputs=Inputs(image, text))
-    return Plan(config, rules(encoder), LAYOUT, IGNORED, outer, note)
+    whole = rules(encoder)
+    if any(name in tensors for name in HEADS):
+        return Plan(config, whole, LAYOUT, IGNORED, outer, note)
+    table = tuple(each for each in whole if each.source not in HEADS)
+    fresh = tuple(HEADS.values())
+    return Plan(config, table, PRETRAINED, IGNORED, outer, (*note, FRESH), fresh=fresh)
 
 
 def _sizes(tensors, adapter: AdapterConfig) -> Beit3Config:

@@ -1,10 +1,12 @@
 """The parts that all transformers here are made of.
 
-Compute types follow one rule: with `dtype="bfloat16"` every product takes bfloat16 operands and returns float32;
-biases, norms, softmax and activations stay in float32. With `dtype="float32"` products run in the type of the
+Compute types follow one rule: with `dtype="bfloat16"` every product, those of gradients too, takes bfloat16 operands
+and returns float32; biases, norms, softmax and activations stay in float32. With `dtype="float32"` products run in the type of the
 parameters, so that the same code gives float64 under JAX's x64 mode.
 """
 
+import functools
+import re
 from collections.abc import Callable
 from typing import Literal
 
@@ -27,8 +29,38 @@ def product(expression: str, x: jax.Array, y: jax.Array, dtype: Dtype) -> jax.Ar
     """`einsum` of two arrays by the rule of this module; the result is at least float32."""
     wide = jnp.promote_types(jnp.promote_types(x.dtype, y.dtype), jnp.float32)
     if dtype == "bfloat16":
-        x, y = x.astype(jnp.bfloat16), y.astype(jnp.bfloat16)
+        return _narrow(expression, x.astype(wide), y.astype(wide))
     return jnp.einsum(expression, x, y, preferred_element_type=wide)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _narrow(expression, x, y):
+    """`product` in bfloat16; JAX's own gradients would multiply float32 by bfloat16, slower than float32 alone."""
+    return _narrow_forward(expression, x, y)[0]
+
+
+def _narrow_forward(expression, x, y):
+    narrow = x.astype(jnp.bfloat16)
+    made = jnp.einsum(expression, narrow, y.astype(jnp.bfloat16), preferred_element_type=x.dtype)
+    # `y` may be parameters, whose copies a loop over layers would have to keep.
+    return made, (narrow, y)
+
+
+def _narrow_backward(expression, saved, slope):
+    """Each gradient is the same kind of product, of the slope and the other operand."""
+    (left, right, result), (x, y) = re.split(",|->", expression), saved
+    y, narrow = y.astype(jnp.bfloat16), slope.astype(jnp.bfloat16)
+
+    def gradient(wanted, *operands):
+        # The operand with the last axis goes last: XLA may turn a transposed product into one that no CPU code exists for.
+        (a, x), (b, y) = sorted(operands, key=lambda each: wanted[-1] in each[0])
+        return jnp.einsum(f"{a},{b}->{wanted}", x, y, preferred_element_type=slope.dtype)
+
+    outer = result, narrow
+    return gradient(left, outer, (right, y)), gradient(right, (left, x), outer)
+
+
+_narrow.defvjp(_narrow_forward, _narrow_backward)
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: Initial) -> nnx.Param:

@@ -59,54 +59,73 @@ class Convolution(nnx.Module):
 
     def __call__(self, x):
         """`[B, H, W, inputs]` -> `[B, H / stride, W / stride, outputs]`, sizes rounded up."""
-        convolve = grouped if self.groups > 1 else plain
         return self.norm(convolve(x, self.kernel[...], self.stride, self.groups, self.dtype))
 
 
-def plain(x, kernel, stride, groups, dtype: Dtype):
+def convolve(x, kernel, stride, groups, dtype: Dtype):
     """A convolution of `[B, H, W, C]` by the rule of `layers`: operands as `dtype` says, result at least float32."""
-    edge = kernel.shape[0] // 2
-    wide = jnp.promote_types(x.dtype, kernel.dtype)
+    wide = jnp.promote_types(jnp.promote_types(x.dtype, kernel.dtype), jnp.float32)
+    return _convolve(x.astype(wide), kernel.astype(wide), stride, groups, dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _convolve(x, kernel, stride, groups, dtype):
+    """Its gradient of the kernel is made of products: for XLA's own a CPU takes seconds a layer, with groups minutes."""
+    edge = len(kernel) // 2
+    return _plain(x, kernel, ((edge, edge),) * 2, groups, dtype, window_strides=(stride, stride))
+
+
+def _plain(x, kernel, padding, groups, dtype, **options):
+    wide = x.dtype
     narrow = jnp.bfloat16 if dtype == "bfloat16" else wide
     return jax.lax.conv_general_dilated(
         x.astype(narrow),
         kernel.astype(narrow),
-        (stride, stride),
-        ((edge, edge),) * 2,
+        padding=padding,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=groups,
         preferred_element_type=wide,
+        **options,
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def grouped(x, kernel, stride, groups, dtype: Dtype):
-    """`plain` with another way to the gradient of the kernel: XLA's own takes minutes for one layer on a CPU."""
-    return plain(x, kernel, stride, groups, dtype)
+def _convolve_forward(x, kernel, *options):
+    return _convolve(x, kernel, *options), (x, kernel)
 
 
-def _grouped_forward(x, kernel, *options):
-    return plain(x, kernel, *options), (x, kernel)
-
-
-def _grouped_backward(stride, groups, dtype, saved, slope):
+def _convolve_backward(stride, groups, dtype, saved, slope):
     x, kernel = saved
-    (x_slope,) = jax.vjp(lambda x: plain(x, kernel, stride, groups, dtype), x)[1](slope)
+    x_slope = _x_slope(kernel, slope, x.shape, stride, groups, dtype)
+    return x_slope, _kernel_slope(x, kernel.shape, slope, stride, groups, dtype)
+
+
+def _x_slope(kernel, slope, shape, stride, groups, dtype):
+    """The convolution with the mirrored kernel, whose inputs and outputs change places, of slopes `stride` apart."""
     side, edge = len(kernel), len(kernel) // 2
+    mirrored = kernel[::-1, ::-1].reshape(side, side, kernel.shape[2], groups, -1)
+    turned = mirrored.transpose(0, 1, 4, 3, 2).reshape(side, side, -1, shape[-1])
+    behind = (n + edge - stride * (m - 1) - 1 for n, m in zip(shape[1:3], slope.shape[1:3]))
+    padding = [(side - 1 - edge, rest) for rest in behind]
+    apart = {"window_strides": (1, 1), "lhs_dilation": (stride, stride)}
+    return _plain(slope, turned, padding, groups, dtype, **apart)
+
+
+def _kernel_slope(x, shape, slope, stride, groups, dtype):
+    """For each place of the kernel, what it saw times what came of it."""
+    side, edge = shape[0], shape[0] // 2
     split = lambda y: y.reshape(*y.shape[:3], groups, -1)
     padded = split(jnp.pad(x, ((0, 0), (edge, edge), (edge, edge), (0, 0))))
     rows, columns = (stride * (n - 1) + 1 for n in slope.shape[1:3])
 
     def weight(i, j):
-        """The gradient of one place of the kernel: what it saw times what came of it."""
         seen = padded[:, i : i + rows : stride, j : j + columns : stride]
         return product("bhwgi,bhwgo->igo", seen, split(slope), dtype)
 
     places = [weight(i, j) for i in range(side) for j in range(side)]
-    return x_slope, jnp.stack(places).reshape(kernel.shape).astype(kernel.dtype)
+    return jnp.stack(places).reshape(shape)
 
 
-grouped.defvjp(_grouped_forward, _grouped_backward)
+_convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
 def pooled(x: jax.Array, stride: int) -> jax.Array:
