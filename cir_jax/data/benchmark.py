@@ -4,6 +4,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Protocol
 
 OTHERS = 10  # gallery items beside those needed, for each query of a limited benchmark
@@ -32,6 +33,7 @@ class Benchmark:
       subset: per query, the rows of the closed group that `subset_recall@k` ranks. Empty: none.
       rules: per query, a label, or several, for tables by kind of query. Empty: none.
       metrics: what is reported, see `cir_jax.metrics`.
+      missing: how many `pictures` and `queries` of the published data are left out, for want of pictures.
 
     Raises:
       ValueError: no queries or no gallery, lengths that do not match, an id that two items have, or rows outside
@@ -49,6 +51,7 @@ class Benchmark:
     subset: Sequence[Sequence[int]] = ()
     rules: Sequence[str | Sequence[str]] = ()
     metrics: tuple[str, ...] = ("recall@1", "recall@5", "recall@10", "mrr")
+    missing: Mapping[str, int] = MappingProxyType({"pictures": 0, "queries": 0})
 
     def __post_init__(self):
         faults = [*_length_faults(self), *_id_faults(self), *_row_faults(self)]
