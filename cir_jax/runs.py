@@ -250,6 +250,13 @@ def _retrieved(run: Run, work: Workspace):
 
 def _given(run: Run, work: Workspace):
     """`_retrieved` from a file of candidates: nobody knows what lies beyond, nor the order in closed groups."""
+    hits = _given_hits(run, work)
+    beyond = np.full(len(hits.rows), -1)
+    return _outcome(run, 1, "given", hits, None, beyond, {}, work), hits, beyond, None, None
+
+
+def _given_hits(run: Run, work: Workspace):
+    """The lists in a file of candidates; ValueError if they do not belong to the benchmark, or are too short."""
     from cir_jax.candidates import rows_in
     from cir_jax.index import Hits
 
@@ -260,23 +267,15 @@ def _given(run: Run, work: Workspace):
     if run.fusion is not None and found.scores is None:
         raise ValueError(f"{run.candidates} has no scores that fusion could weigh; leave it out")
     places = np.broadcast_to(-np.arange(rows.shape[1], dtype=np.float32), rows.shape)
-    hits = _ended(Hits(rows, places if found.scores is None else found.scores), rows.shape[1])
-    beyond = np.full(len(rows), -1)
-    return _outcome(run, 1, "given", hits, None, beyond, {}, work), hits, beyond, None, None
+    return _ended(Hits(rows, places if found.scores is None else found.scores), rows.shape[1])
 
 
 def _ended(hits, k: int):
     """The first k hits of lists that are complete with them, so that what is not in them is a miss at every cut."""
     from cir_jax.index import Hits
 
-    end = np.full((len(hits.rows), 1), -1)
-    rows = np.concatenate([hits.rows[:, :k], end], axis=1)
-    return Hits(
-        rows,
-        np.concatenate([hits.scores[:, :k], -np.inf * np.ones_like(end)], axis=1).astype(
-            np.float32
-        ),
-    )
+    end = lambda values, x: np.pad(values[:, :k], ((0, 0), (0, 1)), constant_values=x)
+    return Hits(end(hits.rows, -1), end(hits.scores, -np.inf))
 
 
 def _outcome(run: Run, stage: int, index: str, hits, members, beyond, spent, work: Workspace):
@@ -293,7 +292,8 @@ def _outcome(run: Run, stage: int, index: str, hits, members, beyond, spent, wor
     rank = np.where(rank < 0, beyond, rank)
     labelled = any(benchmark.positives)  # else the benchmark's server knows the answers
     values = _values(benchmark, hits, members, rank) if labelled else {}
-    identities = [_first_identity(run, work), *([_identity(run.reranker, work)] * (stage - 1))]
+    identities = [_first_identity(run, work)]
+    identities += [_identity(run.reranker, work)] if stage == 2 else []
     row = {
         "benchmark": benchmark.name,
         "variant": benchmark.variant,
@@ -460,6 +460,8 @@ def check_run(run: Run, work: Workspace) -> None:
         raise ValueError(
             f"the answers of {run.benchmark} are not published, so that nothing can be measured here"
         )
+    if run.candidates:
+        _given_hits(run, work)
     if run.retriever and reranks(work.model(run.retriever).config):
         raise ValueError(f"{run.retriever} is a re-ranker; a run needs a retriever before it")
     if run.asks != "all" and not composed(benchmark):

@@ -3,8 +3,7 @@
 import itertools
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from types import MappingProxyType
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 OTHERS = 10  # gallery items beside those needed, for each query of a limited benchmark
@@ -51,7 +50,7 @@ class Benchmark:
     subset: Sequence[Sequence[int]] = ()
     rules: Sequence[str | Sequence[str]] = ()
     metrics: tuple[str, ...] = ("recall@1", "recall@5", "recall@10", "mrr")
-    missing: Mapping[str, int] = MappingProxyType({"pictures": 0, "queries": 0})
+    missing: Mapping[str, int] = field(default_factory=lambda: {"pictures": 0, "queries": 0})
 
     def __post_init__(self):
         faults = [*_length_faults(self), *_id_faults(self), *_row_faults(self)]
@@ -68,9 +67,9 @@ def _length_faults(benchmark):
         yield f"{len(benchmark.ids)} ids for {items} gallery items"
     if len(benchmark.positives) != queries:
         yield f"positives for {len(benchmark.positives)} of {queries} queries"
-    for field in ("exclude", "subset", "rules"):
-        if len(getattr(benchmark, field)) not in (0, queries):
-            yield f"{field} has {len(getattr(benchmark, field))} entries for {queries} queries"
+    for name in ("exclude", "subset", "rules"):
+        if len(getattr(benchmark, name)) not in (0, queries):
+            yield f"{name} has {len(getattr(benchmark, name))} entries for {queries} queries"
 
 
 def _id_faults(benchmark):
@@ -86,10 +85,10 @@ def _row_faults(benchmark):
         "subset": benchmark.subset,
         "exclude": [[row] for row in benchmark.exclude if row != -1],
     }
-    for field, lists in named.items():
+    for name, lists in named.items():
         outside = sorted({row for rows in lists for row in rows if not 0 <= row < items})
         if outside:
-            yield f"{field} names rows outside the gallery of {items}: {outside[:5]}"
+            yield f"{name} names rows outside the gallery of {items}: {outside[:5]}"
 
 
 def numbered(names: Iterable[Hashable]) -> list[int]:

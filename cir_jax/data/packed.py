@@ -128,8 +128,7 @@ def _header(found) -> dict[str, Any]:
         return {}
     rows = {"queries", "gallery"}
     names = [field.name for field in dataclasses.fields(found) if field.name not in rows]
-    values = {name: getattr(found, name) for name in names} | {"missing": dict(found.missing)}
-    return json.loads(json.dumps(values, default=_plain))
+    return json.loads(json.dumps({name: getattr(found, name) for name in names}, default=_plain))
 
 
 def _plain(value):
