@@ -239,7 +239,15 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     names = [name for name in names if name in SHOWN]
     titles = ("benchmark", "stage", "model", "index", "queries", "gallery")
     table = Table(*titles, *names, box=None)
-    for title in ("gain R@1", "p", "random R@1", "random R@10", "ms", "index recall"):
+    for title in (
+        "median rank",
+        "gain R@1",
+        "p",
+        "random R@1",
+        "random R@10",
+        "ms",
+        "index recall",
+    ):
         table.add_column(title)
     for row in rows:
         recall = f"{row['index_recall@10']:.3f}" if "index_recall@10" in row else ""
@@ -251,12 +259,13 @@ def print_table(rows: list[dict[str, Any]]) -> None:
             str(row["queries"]),
             str(row["gallery"]),
             *(_percent(row, name) for name in names),
+            "" if row.get("median_rank") is None else f"{row['median_rank']:g}",
             *_gain_cells(row),
             *(f"{100 * row['random'].get(f'recall@{k}', float('nan')):.2g}" for k in (1, 10)),
             f"{row['milliseconds_per_query']:.2f}",
             recall,
         )
-    Console(width=None if sys.stdout.isatty() else 240, markup=False).print(table)
+    Console(width=None if sys.stdout.isatty() else 400, markup=False).print(table)
 
 
 def _asks(row) -> str:
