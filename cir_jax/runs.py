@@ -301,7 +301,7 @@ def _outcome(run: Run, stage: int, index: str, hits, members, beyond, spent, wor
         "run": run.retriever or run.candidates,
         "stage": stage,
         "index": index,
-        "index_asked": "given" if run.candidates else run.index,
+        "index_asked": run.index,
         "queries": len(benchmark.queries),
         "gallery": len(benchmark.gallery),
         "missing": dict(benchmark.missing),

@@ -247,8 +247,8 @@ def test_a_run_for_trec_scores_as_here(home, model, tmp_path, capsys):
 # ---- both directions, baselines ----
 
 
-@pytest.mark.parametrize("name", ["coco", "flickr30k"])
-def test_pictures_ask_for_their_captions(name, model, tmp_path):
+@pytest.mark.parametrize(("name", "method"), [("coco", "clip"), ("flickr30k", "cfir")])
+def test_pictures_ask_for_their_captions(name, method, model, tmp_path):
     texts, pictures = (named_benchmark(f"{name}/karpathy{flag}/test") for flag in ("-texts", ""))
     assert [item["text"] for item in texts.gallery] == [q["text"] for q in pictures.queries]
     assert list(texts.ids) == [query["id"] for query in pictures.queries]
@@ -256,11 +256,11 @@ def test_pictures_ask_for_their_captions(name, model, tmp_path):
     for number, right in enumerate(texts.positives):
         assert all(pictures.positives[row] == {number: 1.0} for row in right)
     found = measured(
-        tmp_path, *(Run(f"{name}/karpathy{flag}/test", model("clip")) for flag in ("-texts", ""))
+        tmp_path, *(Run(f"{name}/karpathy{flag}/test", model(method)) for flag in ("-texts", ""))
     )
-    clip = cir_jax.load(model("clip"))
-    said = clip.encode("query", [{"text": item["text"]} for item in texts.gallery])
-    shown = clip.encode("item", pictures.gallery)
+    loaded = cir_jax.load(model(method))
+    said = loaded.encode("query", [{"text": item["text"]} for item in texts.gallery])
+    shown = loaded.encode("item", pictures.gallery)
     scores = shown @ said.T
     for (row, arrays), table, right in zip(
         found, (scores, scores.T), (texts.positives, pictures.positives)
@@ -281,10 +281,12 @@ def test_texts_that_are_looked_for_belong_to_no_training_set():
         training_set(Data("coco", variant="karpathy-texts"))
 
 
-def test_a_model_of_pictures_is_not_measured_on_texts(model, tmp_path):
-    run = Run("coco/karpathy-texts/test", model("cfir"))
-    with pytest.raises(ValueError, match=r"of .*cfir consists of text"):
-        evaluate(Evaluation((run,)), tmp_path)
+def test_a_model_of_pictures_is_not_measured_on_texts(tmp_path):
+    made = drawn(METHODS["pic2word"][0].tiny(INPUTS), 0)
+    save_model(tmp_path / "pic2word", made.config, made.params)
+    run = Run("coco/karpathy-texts/test", str(tmp_path / "pic2word"))
+    with pytest.raises(ValueError, match=r"an? item of .*pic2word consists of image; .* has text"):
+        evaluate(Evaluation((run,)), tmp_path / "out")
 
 
 def test_baselines_of_composed_queries(model, tmp_path):
