@@ -425,6 +425,7 @@ def _mean_of_categories(flags, categories, rows, arrays):
     mean |= {
         "queries": sum(queries),
         "gallery": sum(row["gallery"] for row in rows),
+        "missing": {n: sum(row["missing"][n] for row in rows) for n in rows[0]["missing"]},
         "metrics": {name: float(np.mean([row["metrics"][name] for row in rows])) for name in names},
         "interval": {
             name: list(metrics.mean_interval([a[name] for a in arrays])) for name in names
