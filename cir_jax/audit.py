@@ -72,7 +72,10 @@ def with_parts(runs: Sequence[Run], opened) -> tuple[Run, ...]:
     Raises:
       ValueError: no run has composed queries.
     """
-    whole = [run for run in runs if run.asks == "all" and composed(opened(run.benchmark))]
+    asked = [
+        run for run in runs if run.asks == "all" and run.retriever
+    ]  # given candidates are of the whole query
+    whole = [run for run in asked if composed(opened(run.benchmark))]
     if not whole:
         raise ValueError("there is nothing to audit: no benchmark asks with a picture and a text")
     again = {run: [replace(run, asks=part) for part in PARTS] for run in whole}
@@ -91,6 +94,7 @@ def key(row: Mapping[str, Any]) -> tuple:
         "reranker",
         "k",
         "fusion",
+        "restricted",
     )
     return tuple(row.get(name) for name in names)
 

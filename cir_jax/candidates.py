@@ -6,6 +6,7 @@ in the order of its first stage, CIRR's without the reference picture, and no sc
 
 import os
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,80 @@ def read_candidates(path: str | os.PathLike) -> Candidates:
         return _read_npz(path) if _is_npz(path) else _read_original(path)
     except ValueError as error:
         raise ValueError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
+
+
+def found_candidates(
+    benchmark: Benchmark, rows: np.ndarray, scores: np.ndarray, model: str = ""
+) -> Candidates:
+    """Candidates from what a first stage found on a benchmark.
+
+    Args:
+      rows, scores: hits `[Q, K]`, best first, row -1 for a missing one; the reference, where it is no answer, counts as
+        missing.
+      model: its fingerprint.
+    """
+    struck = np.array(benchmark.exclude if len(benchmark.exclude) else [-1] * len(rows))
+    ids = np.array([*benchmark.ids, ""], dtype=str)
+    best = [_best(each) for each in benchmark.positives]
+    single = all(len(each) == 1 for each in best)
+    return Candidates(
+        names=ids[np.where(rows == struck[:, None], -1, rows)],
+        gallery=ids[:-1],
+        targets=ids[[each[0] for each in best]] if single else None,
+        scores=np.asarray(scores, np.float32),
+        split=benchmark.split,
+        category=_category(benchmark),
+        model=model,
+    )
+
+
+def rows_in(found: Candidates, benchmark: Benchmark) -> np.ndarray:
+    """The candidates `[Q, K]` as gallery rows of the benchmark that they were found on; -1 is a missing one.
+
+    Raises:
+      ValueError: they are of another split, category or gallery, or their queries or targets are others.
+    """
+    title = f"{benchmark.name}/{benchmark.variant}/{benchmark.split}"
+    differ = lambda what, theirs, ours: ValueError(
+        f"the candidates have {what} {theirs}, {title} has {ours}; take the file that was made for it"
+    )
+    for what, theirs, ours in (
+        ("the split", found.split, benchmark.split),
+        ("the category", found.category, _category(benchmark)),
+    ):
+        if theirs and ours and theirs != ours:
+            raise differ(what, repr(theirs), repr(ours))
+    if len(found.names) != len(benchmark.queries):
+        raise differ("queries:", len(found.names), len(benchmark.queries))
+    place = {name: row for row, name in enumerate(benchmark.ids)}
+    if place.keys() != set(found.gallery.tolist()):
+        odd = len(place.keys() ^ set(found.gallery.tolist()))
+        raise differ(
+            "a gallery of", len(found.gallery), f"{len(place)}, and {odd} names are in one only"
+        )
+    if found.targets is not None and any(benchmark.positives):
+        wrong = [
+            query
+            for query, (name, right) in enumerate(zip(found.targets, benchmark.positives))
+            if place[str(name)] not in _best(right)
+        ]
+        if wrong:
+            raise differ(
+                f"for query {wrong[0]} the target", repr(str(found.targets[wrong[0]])), "another"
+            )
+    of_place = np.array([place[str(name)] for name in found.gallery])
+    return np.where(found.rows < 0, -1, of_place[found.rows])
+
+
+def _best(right: Mapping[int, float]) -> list[int]:
+    """The rows of the highest grade."""
+    return [row for row, grade in right.items() if grade == max(right.values())]
+
+
+def _category(benchmark: Benchmark) -> str:
+    """FashionIQ's, which is the variant without its flags."""
+    fashion = benchmark.name.partition(":")[0] == "fashioniq"
+    return benchmark.variant.partition("-")[0] if fashion else ""
 
 
 def is_candidates(path: str | os.PathLike) -> bool:

@@ -192,9 +192,8 @@ def system_title(row: Mapping[str, Any]) -> str:
     if row["stage"] == 1:
         return first
     fusion = f", fusion {row['fusion']:g}" if row.get("fusion") is not None else ""
-    return (
-        f"{first} + {Path(str(row.get('reranker', '?'))).name} (first {row.get('k', '?')}{fusion})"
-    )
+    count = f"first {row.get('k', '?')}{' alone' if row.get('restricted') else ''}"
+    return f"{first} + {Path(str(row.get('reranker', '?'))).name} ({count}{fusion})"
 
 
 def opened(pair: Pair):

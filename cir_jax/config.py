@@ -110,19 +110,37 @@ class Run:
     folder `root`, or a folder with queries and a gallery (`cir_jax.data.own`).
     `fusion` is the weight of stage 1's score in the second stage's order (`cir_jax.retrieval.rerank`); `documents` says
     where the entities and summaries of documents come from. With `asks`, queries of a picture and a text ask with one
-    of them alone (`cir_jax.audit`): the baselines that papers print.
+    of them alone (`cir_jax.audit`), which with CLIP are the baselines that papers print: text only, picture only, and
+    with "all" the sum of both unit vectors.
+    In the place of a retriever, `candidates` is a file of lists that a first stage found (`cir_jax.candidates`): ours, or
+    the `.pt` of Candidate-Reranking; `{variant}` in its name stands for FashionIQ's category. `restricted` ends the second stage's lists after the k candidates, as the numbers of
+    Candidate-Reranking and CFIR do; without it the rest of the first stage's follows. `lists` writes large files too:
+    candidates, FashionIQ's predictions, TREC runs (`cir_jax.submissions`).
     """
 
     benchmark: str
-    retriever: str
+    retriever: str = ""
     index: Literal["exact", "scann"] = "exact"
     reranker: str | None = None
     k: int = 50
     fusion: float | None = None
     documents: DocumentSpec = BUILTIN
     asks: Literal["all", "text", "image"] = "all"
+    candidates: str | None = None
+    restricted: bool = False
+    lists: bool = False
 
     def __post_init__(self):
+        if bool(self.retriever) == bool(self.candidates):
+            raise ValueError(
+                f"retriever is {self.retriever!r} and candidates {self.candidates!r}; a run needs one of both"
+            )
+        if self.candidates and (self.index != "exact" or self.asks != "all"):
+            raise ValueError(
+                f"index is {self.index!r} and asks {self.asks!r} with given candidates; both belong to a retriever"
+            )
+        if self.restricted and self.reranker is None:
+            raise ValueError("restricted without a reranker; it is about the second stage's lists")
         if self.fusion is not None and self.reranker is None:
             raise ValueError(f"fusion is {self.fusion} without a reranker; it weighs two stages")
         if self.k < 1 or not 0 <= (self.fusion or 0) <= 1:

@@ -129,6 +129,13 @@ def embed(
     return Path(dest)
 
 
+def _of_texts(gallery, kinds) -> bool:
+    """Whether a model reads the texts of a gallery: it reads nothing else, or the gallery has nothing else."""
+    if {"text"} not in kinds:
+        return False
+    return kinds[0] == {"text"} or "image" not in gallery[0]
+
+
 def _shard(model, gallery, batch_size: int, strict: bool, pool, advance, rows: Sequence[int]):
     """(vectors `[n, D]`, ids, skipped) of some gallery rows, as `VectorWriter.add` takes them."""
     from cir_jax.methods import kinds
@@ -136,7 +143,7 @@ def _shard(model, gallery, batch_size: int, strict: bool, pool, advance, rows: S
     spec = model.config.inputs.image
     read_some = lambda rows: (
         read_texts(gallery, rows)
-        if kinds(model.config, "item") == ({"text"},)
+        if _of_texts(gallery, kinds(model.config, "item"))
         else read_pictures(gallery, rows, spec, pool)
     )
     vectors, ids, skipped = [np.zeros((0, 0), np.float32)], [], []

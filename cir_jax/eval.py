@@ -18,18 +18,22 @@ import tyro
 
 from cir_jax import files, submissions
 from cir_jax.audit import audits, print_audits, with_parts
+from cir_jax.candidates import found_candidates, write_candidates
 from cir_jax.commands import Limited
 from cir_jax.compilation import keep_compiled
 from cir_jax.config import Evaluation, Run, load_config
 from cir_jax.progress import printable
-from cir_jax.runs import check_run, evaluate_run, origin, pooled
+from cir_jax.runs import LISTED, check_run, evaluate_run, origin, pooled
 from cir_jax.typed import to_json
 from cir_jax.workspace import Workspace, digest
 
 # In the table, where a benchmark has them; the rest is in results.json.
 SHOWN = (
     *("recall@1", "recall@5", "recall@10", "recall@50"),
-    *("map@5", "map@10", "mrr@10", "mrr"),
+    *("mean(recall@10,recall@50)", "subset_recall@1", "subset_recall@2", "subset_recall@3"),
+    "mean(recall@5,subset_recall@1)",
+    *(f"{name}@{k}" for name in ("map", "target_recall") for k in (5, 10, 25, 50)),
+    *("mrr@10", "trec_recall@10", "trec_recall@1000", "mrr"),
 )
 PACKAGES = ("jax", "flax", "numpy", "scann", "pillow", "tokenizers", "cir_jax")
 
@@ -54,6 +58,9 @@ class Arguments(Limited):
     """queries or pictures computed at once"""
     audit: bool = False
     """ask again with the text alone and with the picture alone: what of a composed benchmark needs both?"""
+    lists: bool = False
+    """write large files too: the first stage's candidates, complete rankings for FashionIQ, TREC runs for what has no
+    server of its own"""
     check: tuple[Path, ...] = ()
     """judge files for the servers of CIRR, CIRCO and FashionIQ, TREC runs, and lists of candidates (.npz, .pt)"""
     labels: Path | None = None
@@ -86,7 +93,7 @@ def environment() -> dict[str, Any]:
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "machine": f"{platform.machine()}, {len(jax.devices())} x {jax.devices()[0].device_kind}",
-        "precision": "float32, products at highest precision",
+        "precision": "products at highest precision, in the dtype of each checkpoint",
         "versions": versions,
     }
 
@@ -161,7 +168,7 @@ def _evaluate(evaluation: Evaluation, output: Path, work: Workspace) -> list[dic
                 row["ranks"] = f"{_file_name(row)}.npz"
                 with files.write_atomically(output / row["ranks"]) as part:
                     np.savez_compressed(part, **arrays)
-                _write_lists(output, row, arrays, work.benchmark(run.benchmark))
+                _write_lists(output, run, row, arrays, work.benchmark(run.benchmark))
                 results.append((row, arrays))
             advance(1)
     rows = [row for row, _ in results] + pooled(results)
@@ -176,12 +183,21 @@ def _evaluate(evaluation: Evaluation, output: Path, work: Workspace) -> list[dic
     return rows
 
 
-def _write_lists(output: Path, row, arrays, benchmark) -> None:
+def _write_lists(output: Path, run: Run, row, arrays, benchmark) -> None:
     """The files that the benchmark's server takes, named in `row["files"]`; why there is none, where it would refuse."""
     stem = row["ranks"].removesuffix(".npz")
-    found = submissions.of_hits(benchmark, arrays["rows"], arrays.get("members"))
-    for word, lists in found.items():
-        name = f"{stem}.{word}.json"
+    hits, members = arrays["rows"], arrays.get("members")
+    tag = "-".join(f"{Path(c['name']).name}-{c['fingerprint']}" for c in row["checkpoints"])
+    if run.lists and row["stage"] == 1:
+        some = (
+            hits[:, :LISTED],
+            arrays["scores"][:, :LISTED],
+            row["checkpoints"][0]["fingerprint"],
+        )
+        write_candidates(output / f"{stem}.candidates.npz", found_candidates(benchmark, *some))
+        row["candidates"] = f"{stem}.candidates.npz"
+    for word, lists in submissions.of_hits(benchmark, hits, members, run.lists, tag).items():
+        name = f"{stem}.{word}.{'txt' if lists.kind == 'trec' else 'json'}"
         try:
             submissions.write(output / name, lists)
         except ValueError as error:  # of a part of the split, say
@@ -202,6 +218,7 @@ def _file_name(row) -> str:
     if row["stage"] == 2:
         names.append(f"k{row['k']}")
         names += [] if row["fusion"] is None else [f"fusion{row['fusion']:g}"]
+        names += ["restricted"] if "restricted" in row else []
     names += [f"{row['asks']}-alone"] if "asks" in row else []
     names += [f"documents{digest(row['documents'])[:6]}"] if "documents" in row else []
     return "-".join(names)
@@ -222,7 +239,15 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     names = [name for name in names if name in SHOWN]
     titles = ("benchmark", "stage", "model", "index", "queries", "gallery")
     table = Table(*titles, *names, box=None)
-    for title in ("gain R@1", "p", "random R@1", "random R@10", "ms", "index recall"):
+    for title in (
+        "median rank",
+        "gain R@1",
+        "p",
+        "random R@1",
+        "random R@10",
+        "ms",
+        "index recall",
+    ):
         table.add_column(title)
     for row in rows:
         recall = f"{row['index_recall@10']:.3f}" if "index_recall@10" in row else ""
@@ -234,12 +259,13 @@ def print_table(rows: list[dict[str, Any]]) -> None:
             str(row["queries"]),
             str(row["gallery"]),
             *(_percent(row, name) for name in names),
+            "" if row.get("median_rank") is None else f"{row['median_rank']:g}",
             *_gain_cells(row),
             *(f"{100 * row['random'].get(f'recall@{k}', float('nan')):.2g}" for k in (1, 10)),
             f"{row['milliseconds_per_query']:.2f}",
             recall,
         )
-    Console(width=None if sys.stdout.isatty() else 240, markup=False).print(table)
+    Console(width=None if sys.stdout.isatty() else 400, markup=False).print(table)
 
 
 def _asks(row) -> str:
@@ -281,6 +307,8 @@ def main(argv: list[str] | None = None) -> None:
     keep_compiled(arguments.cache)
     output = arguments.output or _folder(arguments)
     evaluation = with_limit(with_variants(evaluation, arguments.variant), arguments.limit or 0)
+    if arguments.lists:
+        evaluation = Evaluation(tuple(dataclasses.replace(r, lists=True) for r in evaluation.runs))
     rows = evaluate(evaluation, output, arguments.batch_size, arguments.audit)
     print_table(rows)
     if arguments.audit:

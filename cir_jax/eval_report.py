@@ -102,7 +102,11 @@ def _key(row):
 
 def _identity(row):
     """What distinguishes a stage: runs that share a first stage each bring it along."""
-    return *_key(row), row["stage"], *(row.get(n) for n in ("reranker", "k", "fusion", "asks"))
+    return (
+        *_key(row),
+        row["stage"],
+        *(row.get(n) for n in ("reranker", "k", "fusion", "restricted", "asks")),
+    )
 
 
 def _pairs(entries: Iterable[Entry]) -> list[tuple[Entry, Entry | None]]:
@@ -214,7 +218,8 @@ def _system(row) -> str:
         index = "" if row["index"] == "exact" else f", {row['index']} index"
         return f"{_name(row['run'])}{index}"
     fusion = "" if row.get("fusion") is None else f", fusion {row['fusion']:g}"
-    return f"{_name(row.get('reranker', '?'))}, first {row.get('k', '?')}{fusion}"
+    alone = " alone" if row.get("restricted") else ""
+    return f"{_name(row.get('reranker', '?'))}, first {row.get('k', '?')}{alone}{fusion}"
 
 
 def _name(checkpoint: str) -> str:

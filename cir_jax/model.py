@@ -260,7 +260,8 @@ def as_example(part: str, value, kinds: Sequence[set[str]], model: str = "") -> 
     else:
         example = {"image": value}
     if part == "item":  # a gallery may know more of an item than a model reads
-        example = {k: v for k, v in example.items() if k in set().union(*kinds)}
+        known = next((kind for kind in kinds if kind <= example.keys()), example.keys())
+        example = {k: v for k, v in example.items() if k in known}
     if set(example) not in kinds:
         wanted = ", or ".join(" and ".join(sorted(kind)) for kind in kinds)
         found = " and ".join(sorted(example)) or "neither text nor image"

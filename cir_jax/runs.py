@@ -10,6 +10,7 @@ import numpy as np
 
 from cir_jax import files, metrics, submissions
 from cir_jax.config import Run
+from cir_jax.data import benchmark_parts
 from cir_jax.data.benchmark import Chosen
 from cir_jax.data.documents import BUILTIN
 from cir_jax.typed import to_json
@@ -21,6 +22,7 @@ LISTED = 200  # hits of each query that are kept, if the metrics do not need mor
 CATEGORISED = (
     "fashioniq",
 )  # benchmarks whose variants are categories, over which papers take the mean
+SECOND = ("reranker", "k", "fusion", "restricted")  # what distinguishes second stages
 SCANN_RECALL = 0.99  # what a ScaNN index is tuned to, against the exact list
 
 
@@ -145,14 +147,19 @@ def _members(run: Run, stage: int, queries, items, work: Workspace):
 
 
 def _values(benchmark, hits, members, rank) -> dict[str, np.ndarray]:
-    """Each metric for each query, from its list, the hits in its group, and the rank of its best right answer."""
-    parts = list(dict.fromkeys(p for name in benchmark.metrics for p in metrics.components(name)))
+    """Each metric for each query, from its list, the hits in its group, and the rank of its best right answer.
+
+    Without `members` those of groups are left out.
+    """
+    grouped = lambda name: any(p.startswith("subset_") for p in metrics.components(name))
+    names = [name for name in benchmark.metrics if members is not None or not grouped(name)]
+    parts = list(dict.fromkeys(p for name in names for p in metrics.components(name)))
     near = [part for part in parts if part.startswith("subset_")]
     listed = [part for part in parts if part not in near and part != "mrr"]
     found = metrics.per_query(hits.rows, benchmark, listed)
     found |= metrics.per_query(members.rows, benchmark, near) if near else {}
     found["mrr"] = np.where(rank < 0, 0.0, 1 / (1 + np.maximum(rank, 0)))
-    return {name: metrics.combined(name, found) for name in benchmark.metrics}
+    return {name: metrics.combined(name, found) for name in names}
 
 
 def _tuning_queries(run: Run, work: Workspace) -> np.ndarray | None:
@@ -180,7 +187,7 @@ def _searched(run: Run, queries, items, work: Workspace):
     if run.index == "scann":
         tuning = {"recall": SCANN_RECALL, "k": TIMED, "queries": _tuning_queries(run, work)}
     index = make_index(run.index, items, ids=benchmark.ids, **tuning)
-    k = _list_depth(benchmark) if index.kind == "exact" else SCANN_DEPTH
+    k = _list_depth(benchmark, run.lists) if index.kind == "exact" else SCANN_DEPTH
     k = min(max(k, run.k if run.reranker else 1), len(items))
     retrieve(index, queries, TIMED, benchmark.exclude)
     start = time.perf_counter()
@@ -189,17 +196,39 @@ def _searched(run: Run, queries, items, work: Workspace):
     return index, retrieve(index, queries, k, benchmark.exclude), searching
 
 
-def _list_depth(benchmark) -> int:
-    """How many hits a list needs; ranks beyond it are counted, which is faster than sorting a whole gallery."""
+def _list_depth(benchmark, lists: bool = False) -> int:
+    """How many hits a list needs; ranks beyond it are counted, which is faster than sorting a whole gallery.
+
+    With `lists`, as many as are written to large files too.
+    """
     parts = [part for name in benchmark.metrics for part in metrics.components(name)]
     limited = [part for part in parts if part != "mrr" and not part.startswith("subset_")]
-    return max(LISTED, metrics.depth(benchmark, limited))
+    return max(LISTED, metrics.depth(benchmark, limited), submissions.depth(benchmark, lists))
 
 
 def evaluate_run(run: Run, work: Workspace) -> Outcome:
     """For each stage a row of results.json, and its arrays: `ids`, `rows`, `scores`, `rank`, and one per metric."""
+    from cir_jax.retrieval import rerank
+
+    make = _given if run.candidates else _retrieved
+    first, hits, beyond, queries, items = make(run, work)
+    if run.reranker is None:
+        return [first]
+    candidates = hits.rows[:, : run.k]
+    scores, per_pair = _candidate_scores(run, candidates, items, work)
+    spent = first[0]["milliseconds"] | {"rerank": per_pair * candidates.shape[1]}
+    if run.restricted:
+        hits, beyond = _ended(hits, run.k), np.full(len(candidates), -1)
+    ranked, members = rerank(hits, scores, run.fusion), _members(run, 2, queries, items, work)
+    second = _outcome(run, 2, first[0]["index"], ranked, members, beyond, spent, work)
+    second[0].update(_gain(first, second))
+    return [first, second]
+
+
+def _retrieved(run: Run, work: Workspace):
+    """(row and arrays of the first stage, its hits, ranks beyond them, query vectors, item vectors)."""
     from cir_jax.index import ExactIndex
-    from cir_jax.retrieval import ranks_beyond, rerank, retrieve
+    from cir_jax.retrieval import ranks_beyond, retrieve
 
     benchmark = work.benchmark(run.benchmark)
     asked = (run.retriever, run.benchmark, run.documents, run.asks)
@@ -210,27 +239,50 @@ def evaluate_run(run: Run, work: Workspace) -> Outcome:
     if index.kind == "exact":
         beyond = ranks_beyond(queries, items, hits, benchmark.positives, benchmark.exclude)
     members = _members(run, 1, queries, items, work)
-    first = _outcome(run, 1, index, hits, members, beyond, spent, work)
+    first = _outcome(run, 1, index.kind, hits, members, beyond, spent, work)
     if index.kind == "scann":
         near, exact = (
             retrieve(i, queries, TIMED, benchmark.exclude) for i in (index, ExactIndex(items))
         )
         first[0]["index_recall@10"] = metrics.overlap(near.rows, exact.rows)
-    if run.reranker is None:
-        return [first]
-    candidates = hits.rows[:, : run.k]
-    scores, per_pair = _candidate_scores(run, candidates, items, work)
-    spent |= {"rerank": per_pair * candidates.shape[1]}
-    ranked, members = rerank(hits, scores, run.fusion), _members(run, 2, queries, items, work)
-    second = _outcome(run, 2, index, ranked, members, beyond, spent, work)
-    second[0].update(_gain(first, second))
-    return [first, second]
+    return first, hits, beyond, queries, items
 
 
-def _outcome(run: Run, stage: int, index, hits, members, beyond, spent, work: Workspace):
+def _given(run: Run, work: Workspace):
+    """`_retrieved` from a file of candidates: nobody knows what lies beyond, nor the order in closed groups."""
+    hits = _given_hits(run, work)
+    beyond = np.full(len(hits.rows), -1)
+    return _outcome(run, 1, "given", hits, None, beyond, {}, work), hits, beyond, None, None
+
+
+def _given_hits(run: Run, work: Workspace):
+    """The lists in a file of candidates; ValueError if they do not belong to the benchmark, or are too short."""
+    from cir_jax.candidates import rows_in
+    from cir_jax.index import Hits
+
+    found = work.candidates(given_path(run))
+    rows = rows_in(found, work.benchmark(run.benchmark))
+    if run.reranker and run.k > rows.shape[1]:
+        raise ValueError(f"{run.candidates} has {rows.shape[1]} candidates a query, k is {run.k}")
+    if run.fusion is not None and found.scores is None:
+        raise ValueError(f"{run.candidates} has no scores that fusion could weigh; leave it out")
+    places = np.broadcast_to(-np.arange(rows.shape[1], dtype=np.float32), rows.shape)
+    return _ended(Hits(rows, places if found.scores is None else found.scores), rows.shape[1])
+
+
+def _ended(hits, k: int):
+    """The first k hits of lists that are complete with them, so that what is not in them is a miss at every cut."""
+    from cir_jax.index import Hits
+
+    end = lambda values, x: np.pad(values[:, :k], ((0, 0), (0, 1)), constant_values=x)
+    return Hits(end(hits.rows, -1), end(hits.scores, -np.inf))
+
+
+def _outcome(run: Run, stage: int, index: str, hits, members, beyond, spent, work: Workspace):
     """Row and arrays of one stage.
 
     Args:
+      index: what kind found the candidates; `given` if a file holds them.
       hits, members: its lists, and those of the closed groups.
       beyond: `[Q]` ranks of right answers that lie beyond the lists, -1 where nobody knows.
       spent: milliseconds per query of each part.
@@ -240,27 +292,29 @@ def _outcome(run: Run, stage: int, index, hits, members, beyond, spent, work: Wo
     rank = np.where(rank < 0, beyond, rank)
     labelled = any(benchmark.positives)  # else the benchmark's server knows the answers
     values = _values(benchmark, hits, members, rank) if labelled else {}
-    models = [run.retriever, run.reranker][:stage]
+    identities = [_first_identity(run, work)]
+    identities += [_identity(run.reranker, work)] if stage == 2 else []
     row = {
         "benchmark": benchmark.name,
         "variant": benchmark.variant,
         "split": benchmark.split,
-        "run": run.retriever,
+        "run": run.retriever or run.candidates,
         "stage": stage,
-        "index": index.kind,
+        "index": index,
         "index_asked": run.index,
         "queries": len(benchmark.queries),
         "gallery": len(benchmark.gallery),
+        "missing": dict(benchmark.missing),
         "depth": hits.rows.shape[1],
         **_summary(values),
         "random": metrics.random_level(
-            benchmark, list(values), length=None if index.kind == "exact" else hits.rows.shape[1]
+            benchmark, list(values), length=None if index == "exact" else hits.rows.shape[1]
         )
         if labelled
         else {},
         "milliseconds_per_query": sum(spent.values()),
         "milliseconds": dict(spent),
-        "checkpoints": [_identity(name, work) for name in models],
+        "checkpoints": identities,
     }
     if len(benchmark.rules) and labelled:
         row["rules"] = metrics.by_rule(values, benchmark.rules)
@@ -271,6 +325,7 @@ def _outcome(run: Run, stage: int, index, hits, members, beyond, spent, work: Wo
     if stage == 2:
         row |= {"candidate_recall": _candidate_recall(run, hits, benchmark)} if labelled else {}
         row |= {"reranker": run.reranker, "k": run.k, "fusion": run.fusion}
+        row |= {"restricted": True} if run.restricted else {}
     row["median_rank"] = metrics.median_rank(rank)
     ids = np.array([str(query.get("id", number)) for number, query in enumerate(benchmark.queries)])
     arrays = {"ids": ids, "rows": hits.rows, "scores": hits.scores, "rank": rank, **values}
@@ -289,11 +344,33 @@ def _candidate_recall(run: Run, hits, benchmark) -> float:
 
 def _identity(name: str, work: Workspace) -> dict[str, str]:
     model = work.model(name)
-    return {"name": name, "fingerprint": model.fingerprint, "identity": model.identity}
+    return {
+        "name": name,
+        "fingerprint": model.fingerprint,
+        "identity": model.identity,
+        "dtype": model.config.dtype,
+        "inputs": to_json(model.config.inputs),
+    }
+
+
+def _first_identity(run: Run, work: Workspace) -> dict[str, Any]:
+    """What made the first stage: a model, or the file of candidates by its content."""
+    if run.retriever:
+        return _identity(run.retriever, work)
+    path = given_path(run)
+    mark, made = work.candidates_digest(path), work.candidates(path).model
+    told = f"candidates {path} {mark}{f' of model {made}' if made else ''}"
+    return {"name": path, "fingerprint": mark, "identity": told}
+
+
+def given_path(run: Run) -> str:
+    """The file of candidates for the benchmark of a run."""
+    variant = benchmark_parts(run.benchmark)[1].partition("-")[0]
+    return run.candidates.replace("{variant}", variant)
 
 
 def _gain(first, second) -> dict[str, dict[str, float]]:
-    """What the second stage changed in each metric, and the p-value of a paired randomisation test."""
+    """What the second stage changed in each metric that both have, and the p-value of a paired randomisation test."""
     values = {name: (first[1][name], second[1][name]) for name in first[0]["metrics"]}
     return {
         "gain": {name: float((after - before).mean()) for name, (before, after) in values.items()},
@@ -321,7 +398,7 @@ def pooled(results: list[tuple[dict, dict]]) -> list[dict[str, Any]]:
         style, _, flags = row["variant"].partition("-")
         asked = digest([row.get("documents"), row.get("asks")])
         first = (row["benchmark"], flags, row["split"], row["run"], row["index_asked"], asked)
-        second = tuple(row.get(name) for name in ("reranker", "k", "fusion"))
+        second = tuple(row.get(name) for name in SECOND)
         groups[first, second].setdefault(style, (row, arrays))
     means = {}
     for (first, second), each in groups.items():
@@ -331,7 +408,7 @@ def pooled(results: list[tuple[dict, dict]]) -> list[dict[str, Any]]:
             means[first, second] = make(first[1], each.keys(), *zip(*each.values()))
     for (first, _), mean in means.items():
         if mean[0]["stage"] == 2:
-            mean[0].update(_gain(means[first, (None, None, None)], mean))
+            mean[0].update(_gain(means[first, (None,) * len(SECOND)], mean))
     return [row for row, _ in means.values()]
 
 
@@ -348,6 +425,7 @@ def _mean_of_categories(flags, categories, rows, arrays):
     mean |= {
         "queries": sum(queries),
         "gallery": sum(row["gallery"] for row in rows),
+        "missing": {n: sum(row["missing"][n] for row in rows) for n in rows[0]["missing"]},
         "metrics": {name: float(np.mean([row["metrics"][name] for row in rows])) for name in names},
         "interval": {
             name: list(metrics.mean_interval([a[name] for a in arrays])) for name in names
@@ -374,6 +452,7 @@ def check_run(run: Run, work: Workspace) -> None:
     """Refuse, before anything is computed, a run that would tell nothing, or whose models cannot read the queries."""
     from cir_jax.audit import composed
     from cir_jax.methods import METHODS, method_name, reranks
+    from cir_jax.methods import kinds as item_kinds
     from cir_jax.model import as_example
     from cir_jax.retrieval import as_query
 
@@ -382,26 +461,33 @@ def check_run(run: Run, work: Workspace) -> None:
         raise ValueError(
             f"the answers of {run.benchmark} are not published, so that nothing can be measured here"
         )
-    if reranks(work.model(run.retriever).config):
+    if run.candidates:
+        _given_hits(run, work)
+    if run.retriever and reranks(work.model(run.retriever).config):
         raise ValueError(f"{run.retriever} is a re-ranker; a run needs a retriever before it")
     if run.asks != "all" and not composed(benchmark):
         raise ValueError(
             f"{run.benchmark} asks with no picture and text together, so it cannot ask with the {run.asks} alone"
         )
     for stage, name in enumerate((run.retriever, run.reranker), 1):
-        if name is None or not len(benchmark.queries):
+        if not name or not len(benchmark.queries):
             continue
         asked = as_query(benchmark.queries[0], stage, run.documents)
         several = ("texts", "wordings")
         parts = {"text" if part in several else part: value for part, value in asked.items()}
         kinds = METHODS[method_name(work.model(name).config)][1].query_kinds
         as_example("query", parts, kinds, name)
+        if len(benchmark.gallery):
+            as_example(
+                "item", benchmark.gallery[0], item_kinds(work.model(name).config, "item"), name
+            )
 
 
 def origin(run: Run, work: Workspace) -> list:
     """What the scores of a run depend on: models and data. Runs that differ only in index, k or fusion share them."""
     names = filter(None, (run.retriever, run.reranker))
     models = [work.model(name).fingerprint for name in names]
+    models += [work.candidates_digest(given_path(run))] if run.candidates else []
     extracts = Path(run.documents.source)
     contents = [work.content(run.benchmark), extracts.is_file() and files.sha256(extracts)]
     return [models, contents, to_json(run.documents), run.asks]

@@ -27,6 +27,17 @@ MOST_CIRR = 5 << 20  # bytes that CIRR's server takes
 MOST_ITEMS = 1000  # per topic of a run, a rule of the track
 CIRR_QUERIES = {"test1": 4148, "val": 4181}
 CIRCO_QUERIES = {"test": 800, "val": 220}
+# (queries, items) of the published lists; those of shirts are alike in val and test
+FASHIONIQ_SIZES = {
+    (2017, 3817): "dress val",
+    (2038, 6346): "shirt val and test",
+    (1961, 5373): "toptee val",
+    (2024, 3818): "dress test",
+    (2056, 5374): "toptee test",
+    (5985, 11452): "dress train",
+    (5988, 19036): "shirt train",
+    (6027, 16121): "toptee train",
+}
 CUTS = (1, 5, 10, 50)
 
 
@@ -271,6 +282,16 @@ def _count_faults(found: Lists, kind: Kind) -> Iterator[str]:
     if counts and len(found.lists) not in counts.values():
         known = ", ".join(f"{count:,} of {split}" for split, count in counts.items())
         yield f"{len(found.lists):,} queries, expected {known}"
+    if kind.family == "fashioniq":
+        yield from _fashioniq_size_faults(found)
+
+
+def _fashioniq_size_faults(found: Lists) -> Iterator[str]:
+    names = {len(each) for each in found.lists.values()}
+    if not any((len(found.lists), count) in FASHIONIQ_SIZES for count in names) or len(names) > 1:
+        known = ", ".join(f"{q:,} x {n:,} ({part})" for (q, n), part in FASHIONIQ_SIZES.items())
+        length = " or ".join(f"{count:,}" for count in sorted(names)[:3])
+        yield f"{len(found.lists):,} queries with {length} names, expected all items: {known}"
 
 
 def _circo_faults(found: Lists) -> Iterator[str]:
@@ -361,31 +382,72 @@ def _trec_text(found: Lists) -> str:
     return "".join(lines)
 
 
+def family(benchmark: Benchmark) -> str:
+    """The kind of files in which a benchmark is scored: `cirr`, `circo`, `fashioniq`, and `trec` of all others."""
+    name = benchmark.name.partition(":")[0]
+    return name if name in ("cirr", "circo", "fashioniq") else "trec"
+
+
 def has_server(benchmark: Benchmark) -> bool:
-    """Whether evaluations of a benchmark are written as files for its server."""
-    return benchmark.name.partition(":")[0] in ("cirr", "circo")
+    """Whether evaluations of a benchmark are written as files for its server, though its answers are hidden here."""
+    return family(benchmark) != "trec"
+
+
+def depth(benchmark: Benchmark, wanted: bool = False) -> int:
+    """How many hits of a query `of_hits` writes, the reference counted; arguments as there."""
+    kind = family(benchmark)
+    if kind == "fashioniq":
+        return len(benchmark.gallery) if _written(benchmark, wanted) else 0
+    return min(len(benchmark.gallery), {"trec": MOST_ITEMS * wanted}.get(kind, 50) + 1)
+
+
+def _written(benchmark: Benchmark, wanted: bool) -> bool:
+    """Whether large files are: they were asked for, or are all that a run without answers gives."""
+    return wanted or not any(benchmark.positives)
 
 
 def of_hits(
-    benchmark: Benchmark, rows: np.ndarray, members: np.ndarray | None = None
+    benchmark: Benchmark,
+    rows: np.ndarray,
+    members: np.ndarray | None = None,
+    wanted: bool = False,
+    tag: str = "cir_jax",
 ) -> dict[str, Lists]:
-    """What an evaluation found, as the files of the benchmark's server by a word for each; empty if it has none.
+    """What an evaluation found, as files by a word for each: CIRR's two, CIRCO's, FashionIQ's; a TREC run of others.
 
     Args:
-      benchmark: CIRR's or CIRCO's, with or without the folder in its name.
+      benchmark: with or without the folder in its name.
       rows: hits `[Q, K]`, best first; -1 is a missing one.
       members: hits `[Q, W]` in the closed groups.
+      wanted: large files too: a TREC run, and FashionIQ's complete rankings (up to 180 MB), which a split without
+        answers always gives.
+      tag: what a TREC run is called.
     """
-    family = benchmark.name.partition(":")[0]
-    if family == "circo":
+    kind = family(benchmark)
+    if kind == "circo":
         return {"circo": Lists("circo", _named(benchmark, rows, 50))}
-    if family != "cirr":
-        return {}
+    if kind == "fashioniq":
+        return {"predictions": _predictions(benchmark, rows)} if _written(benchmark, wanted) else {}
+    if kind == "trec":
+        return {"run": _run(benchmark, rows, tag)} if wanted else {}
     found = {"recall": Lists("cirr recall", _named(benchmark, rows, 50), "rc2")}
     if members is not None:
         near = _named(benchmark, members, 3)
         found["recall_subset"] = Lists("cirr subset", near, "rc2")
     return found
+
+
+def _predictions(benchmark: Benchmark, rows: np.ndarray) -> Lists:
+    lists = _named(benchmark, rows, rows.shape[1]).values()
+    records = tuple(query["record"] for query in benchmark.queries)
+    return Lists("fashioniq", {str(n): names for n, names in enumerate(lists)}, records=records)
+
+
+def _run(benchmark: Benchmark, rows: np.ndarray, tag: str) -> Lists:
+    """Scores count down: those of two stages have no common scale, and trec_eval orders equal ones by name."""
+    lists = _named(benchmark, rows, MOST_ITEMS)
+    scores = {topic: [float(n) for n in range(len(x), 0, -1)] for topic, x in lists.items()}
+    return Lists("trec", lists, "_".join(tag.split()), scores)
 
 
 def _named(benchmark: Benchmark, rows: np.ndarray, count: int) -> dict[str, list[str]]:

@@ -109,6 +109,16 @@ class Workspace:
 
         return self.once("model", name, lambda: load(name))
 
+    def candidates(self, path: str):
+        """The `candidates.Candidates` in a file."""
+        from cir_jax.candidates import read_candidates
+
+        return self.once("given", path, lambda: read_candidates(path))
+
+    def candidates_digest(self, path: str) -> str:
+        """16 hex digits of the content of a file of candidates."""
+        return self.once("given digest", path, lambda: files.sha256(Path(path))[:16])
+
     def items(self, model, name: str) -> np.ndarray:
         """Vectors `[N, D]` of a benchmark's gallery, shard by shard, with progress."""
         gallery, ids = self.benchmark(name).gallery, self.benchmark(name).ids

@@ -600,8 +600,8 @@ def test_faults_are_named():
     with pytest.raises(ValueError, match=r"inputs\.text\.length is 77.*at most 14"):
         Cfir(CfirConfig(TINY, inputs=Inputs(image=ImageSpec(size=32))), nnx.Rngs(0))
     model = golden_cfir()
-    with pytest.raises(ValueError, match=r"needs `text`; this one has \['image'\]"):
-        model.query({"image": pictures()})
+    with pytest.raises(ValueError, match=r"needs `text` or `image`; this one has \['document'\]"):
+        model.query({"document": pictures()})
     with pytest.raises(ValueError, match="20 tokens do not fit 14 positions"):
         model.query({"text": np.ones((1, 20), np.int32), "text_mask": np.ones((1, 20), bool)})
     with pytest.raises(ValueError, match=r"pictures are \(16, 16, 3\)"):

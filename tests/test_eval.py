@@ -404,7 +404,7 @@ def test_categories_count_alike_however_large():
     def result(variant, values, stage=1, **more):
         row = {
             "benchmark": "fashioniq:here", "variant": variant, "split": "val", "run": "m", "index_asked": "exact",
-            "stage": stage, "queries": len(values), "gallery": 9, "metrics": {"recall@10": np.mean(values)},
+            "stage": stage, "queries": len(values), "gallery": 9, "missing": {"pictures": 1}, "metrics": {"recall@10": np.mean(values)},
             "milliseconds_per_query": 1.0, "milliseconds": {"search": 1.0}, "random": {"recall@10": 0.1},
         } | more  # fmt: skip
         ids = np.array([f"{variant}{n}" for n in range(len(values))])
@@ -416,6 +416,7 @@ def test_categories_count_alike_however_large():
     one, two = pooled([*first, *second, result("dress-union", [1, 1, 1, 1])])
     assert one["variant"] == "dress+shirt" and (one["queries"], one["gallery"]) == (6, 18)
     assert one["metrics"]["recall@10"] == pytest.approx((0.25 + 1) / 2)
+    assert one["missing"] == {"pictures": 2}
     assert two["metrics"]["recall@10"] == pytest.approx((0.5 + 0.5) / 2)
     assert two["gain"]["recall@10"] == pytest.approx(0.5 - 0.625)
     low, high = one["interval"]["recall@10"]

@@ -24,6 +24,13 @@ def put(tmp_path):
     return put
 
 
+@pytest.fixture(autouse=True)
+def small_predictions(monkeypatch):
+    """FashionIQ's predictions of one query are taken for complete."""
+    for names in (2, 3):
+        monkeypatch.setitem(submissions.FASHIONIQ_SIZES, (1, names), "small")
+
+
 def cirr_lists(queries=4148, names=50):
     lists = {
         str(12063 + query): [f"test1-{n}-0-img0" for n in range(names)] for query in range(queries)
@@ -326,6 +333,40 @@ def test_hits_become_the_files_of_their_server(monkeypatch, tmp_path):
     circo = submissions.of_hits(make("circo", [str(n) for n in range(60)], ()), rows)["circo"]
     assert circo.lists["8"] == [str(n) for n in range(5, 55)]
     assert submissions.of_hits(make("emoji-text", ids, ()), rows) == {}
+    run = submissions.of_hits(make("emoji-text", ids, [0, 7]), rows, wanted=True, tag="my clip")
+    write(tmp_path / "run.txt", run["run"])
+    lines = (tmp_path / "run.txt").read_text().splitlines()
+    assert len(lines) == 118 and lines[0] == "7 Q0 n1 1 59 my_clip"
+    assert lines[59:62] == ["8 Q0 n5 1 59 my_clip", "8 Q0 n6 2 58 my_clip", "8 Q0 n8 3 57 my_clip"]
+    assert read(tmp_path / "run.txt") == run["run"]
+
+
+def test_predictions_repeat_the_captions_and_rank_everything(monkeypatch, tmp_path):
+    from cir_jax.data.benchmark import Benchmark
+
+    records = [{"candidate": f"n{row}", "captions": ["a", "b"]} for row in range(2)]
+    asked = [{"id": f"q{row}", "text": "a and b", "record": records[row]} for row in range(2)]
+    ids = [f"n{row}" for row in range(4)]
+    make = lambda right: Benchmark("fashioniq:x", "dress", "v", asked, [{}] * 4, ids, right)
+    rows = np.array([[3, 0, 1, 2], [1, 2, 3, 0]])
+    hidden, known = make([{}, {}]), make([{1: 1.0}, {2: 1.0}])
+    assert submissions.of_hits(known, rows) == {} and submissions.depth(known) == 0
+    assert submissions.depth(known, True) == submissions.depth(hidden) == 4
+    found = submissions.of_hits(hidden, rows)
+    assert found == submissions.of_hits(known, rows, wanted=True)
+    with pytest.raises(
+        ValueError, match=r"2 queries with 4 names, expected all items: 2,017 x 3,817"
+    ):
+        write(tmp_path / "x.json", found["predictions"])
+    monkeypatch.setitem(submissions.FASHIONIQ_SIZES, (2, 4), "small")
+    write(tmp_path / "x.json", found["predictions"])
+    assert json.loads((tmp_path / "x.json").read_text()) == [
+        records[0] | {"ranking": ["n3", "n0", "n1", "n2"]},
+        records[1] | {"ranking": ["n1", "n2", "n3", "n0"]},
+    ]
+    short = submissions.of_hits(hidden, rows[:, :3])["predictions"]
+    with pytest.raises(ValueError, match="2 queries with 3 names"):
+        write(tmp_path / "short.json", short)
 
 
 # ---- the command ----

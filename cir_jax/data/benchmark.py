@@ -3,7 +3,7 @@
 import itertools
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 OTHERS = 10  # gallery items beside those needed, for each query of a limited benchmark
@@ -32,6 +32,7 @@ class Benchmark:
       subset: per query, the rows of the closed group that `subset_recall@k` ranks. Empty: none.
       rules: per query, a label, or several, for tables by kind of query. Empty: none.
       metrics: what is reported, see `cir_jax.metrics`.
+      missing: how many `pictures` and `queries` of the published data are left out, for want of pictures.
 
     Raises:
       ValueError: no queries or no gallery, lengths that do not match, an id that two items have, or rows outside
@@ -49,6 +50,7 @@ class Benchmark:
     subset: Sequence[Sequence[int]] = ()
     rules: Sequence[str | Sequence[str]] = ()
     metrics: tuple[str, ...] = ("recall@1", "recall@5", "recall@10", "mrr")
+    missing: Mapping[str, int] = field(default_factory=lambda: {"pictures": 0, "queries": 0})
 
     def __post_init__(self):
         faults = [*_length_faults(self), *_id_faults(self), *_row_faults(self)]
@@ -65,9 +67,9 @@ def _length_faults(benchmark):
         yield f"{len(benchmark.ids)} ids for {items} gallery items"
     if len(benchmark.positives) != queries:
         yield f"positives for {len(benchmark.positives)} of {queries} queries"
-    for field in ("exclude", "subset", "rules"):
-        if len(getattr(benchmark, field)) not in (0, queries):
-            yield f"{field} has {len(getattr(benchmark, field))} entries for {queries} queries"
+    for name in ("exclude", "subset", "rules"):
+        if len(getattr(benchmark, name)) not in (0, queries):
+            yield f"{name} has {len(getattr(benchmark, name))} entries for {queries} queries"
 
 
 def _id_faults(benchmark):
@@ -83,10 +85,10 @@ def _row_faults(benchmark):
         "subset": benchmark.subset,
         "exclude": [[row] for row in benchmark.exclude if row != -1],
     }
-    for field, lists in named.items():
+    for name, lists in named.items():
         outside = sorted({row for rows in lists for row in rows if not 0 <= row < items})
         if outside:
-            yield f"{field} names rows outside the gallery of {items}: {outside[:5]}"
+            yield f"{name} names rows outside the gallery of {items}: {outside[:5]}"
 
 
 def numbered(names: Iterable[Hashable]) -> list[int]:

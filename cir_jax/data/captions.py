@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 from cir_jax.data import published
 from cir_jax.data.benchmark import Benchmark, Made
-from cir_jax.data.published import Asked, Pair, Part
+from cir_jax.data.published import Asked, Missing, Pair, Part
+from cir_jax.data.records import Gallery
 
 METRICS = (*(f"recall@{k}" for k in (1, 5, 10)), "mrr")
 FIVE = 5  # captions of a picture under the flag `five`
@@ -43,11 +44,12 @@ def coco_pairs(root: str, variant: str = "", split: str = "train") -> Made:
 
 
 def coco_benchmark(root: str, variant: str = "", split: str = "test") -> Benchmark:
-    """Captions ask for their picture among those of the split; variants as for `coco_pairs`.
+    """Captions ask for their picture among those of the split; variants as for `coco_pairs`, and the other direction.
 
-    The test split has 5,000 pictures and 25,010 captions; with `karpathy-five`, 25,000.
+    The test split has 5,000 pictures and 25,010 captions; with `karpathy-five`, 25,000. With `karpathy-texts` pictures
+    ask for their captions among all captions of the split; the first of them that is found counts.
     """
-    return _benchmark(*_karpathy("coco", root, variant, split))
+    return _benchmark(*_karpathy("coco", root, variant, split, ("five", "texts")))
 
 
 def flickr30k_pairs(root: str, variant: str = "", split: str = "train") -> Made:
@@ -56,13 +58,15 @@ def flickr30k_pairs(root: str, variant: str = "", split: str = "train") -> Made:
 
 
 def flickr30k_benchmark(root: str, variant: str = "", split: str = "test") -> Benchmark:
-    """Captions ask for their picture among the 1,000 (validation: 1,014) of the split."""
-    return _benchmark(*_karpathy("flickr30k", root, variant, split))
+    """Captions ask for their picture among the 1,000 (validation: 1,014) of the split; `karpathy-texts` as for COCO."""
+    return _benchmark(*_karpathy("flickr30k", root, variant, split, ("five", "texts")))
 
 
-def _karpathy(name, root, variant, split) -> tuple[Part, list[Captioned]]:
+def _karpathy(
+    name, root, variant, split, flags: Sequence[str] = ("five",)
+) -> tuple[Part, list[Captioned]]:
     part = published.part(
-        name, root, variant, split, ("karpathy",), ("train", "val", "test"), ["five"]
+        name, root, variant, split, ("karpathy",), ("train", "val", "test"), flags
     )
     shape = {"filename": str, "split": str, "sentences": [{"raw": str, "sentid": int}]}
     if name == "coco":
@@ -180,9 +184,36 @@ def _pairs(part: Part, pictures: Sequence[Captioned]) -> Made:
 
 def _benchmark(part: Part, pictures: Sequence[Captioned]) -> Benchmark:
     places = _places(part, pictures)
+    if "texts" in part.flags:
+        return _other_direction(part, pictures, places)
     asked = [
         Asked(id=name, asks={"text": text}, targets={each.id: 1.0})
         for each in pictures
         for name, text in each.texts
     ]
     return published.benchmark(part, asked, places, METRICS)
+
+
+def _other_direction(part: Part, pictures: Sequence[Captioned], places) -> Benchmark:
+    """Pictures ask for their captions; both of a missing picture are left out."""
+    paths = published.find(part.root, places)
+    missing = Missing(part, places, paths)
+    kept = [each for each in pictures if each.id in paths and each.texts]
+    missing.tell(len(kept), len(pictures), "queries")
+    texts = {name: text for each in kept for name, text in each.texts}
+    published.check_distinct([name for each in kept for name, _ in each.texts], part.root)
+    ids = list(texts)
+    rows = {name: row for row, name in enumerate(ids)}
+    return Benchmark(
+        name=part.name,
+        variant=part.variant,
+        split=part.split,
+        queries=Made(len(kept), lambda row: {"image": paths[kept[row].id], "id": kept[row].id}),
+        gallery=Gallery(
+            ids, {"kind": "benchmark", "name": str(part)}, lambda row: {"text": texts[ids[row]]}
+        ),
+        ids=ids,
+        positives=[{rows[name]: 1.0 for name, _ in each.texts} for each in kept],
+        metrics=METRICS,
+        missing=missing.counts,
+    )

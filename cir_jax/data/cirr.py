@@ -13,6 +13,7 @@ FOLDERS = ("", "img_raw/", "cirr/img_raw/")
 METRICS = (
     *(f"recall@{k}" for k in (1, 5, 10, 50)),
     *(f"subset_recall@{k}" for k in (1, 2, 3)),
+    "mean(recall@5,subset_recall@1)",
 )
 MEMBERS = 6  # of a subset, the reference among them
 

@@ -12,7 +12,7 @@ from cir_jax.data.published import Asked, Pair, Part
 
 CATEGORIES = ("dress", "toptee", "shirt")  # in the order in which the published training joins them
 SPLITS = ("train", "val", "test")
-METRICS = ("recall@10", "recall@50", "recall@1", "recall@5", "mrr")
+METRICS = ("recall@10", "recall@50", "mean(recall@10,recall@50)", "recall@1", "recall@5", "mrr")
 ENDS = ".?, "  # what both ends of a caption lose
 
 
@@ -43,7 +43,8 @@ def benchmark(root: str, variant: str = "", split: str = "val") -> Benchmark:
       reversed: the second caption first (with `plain` as Pic2Word);
       both: the mean of the two orders asks (FTI4CIR, SEARLE and LinCIR; the reversed one has no capital); a second
         stage reads the usual one.
-    The targets of `test` are not published.
+    The targets of `test` are not published. `record` of a query is its entry in the captions file, which predictions
+    repeat (`cir_jax.submissions`).
     """
     part = published.part(
         "fashioniq",
@@ -68,7 +69,7 @@ def benchmark(root: str, variant: str = "", split: str = "val") -> Benchmark:
     asked = [
         Asked(
             id=f"{part.kind}-{split}-{row}",
-            asks=_asks(*record["captions"], part.flags),
+            asks={**_asks(*record["captions"], part.flags), "record": record},
             targets={record["target"]: 1.0} if "target" in record else {},
             reference=record["candidate"],
         )

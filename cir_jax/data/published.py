@@ -204,6 +204,8 @@ class Missing:
       found: the ids that are there.
     """
 
+    counts: dict[str, int]  # of what is missing, and of the queries or pairs left out for it
+
     def __init__(
         self,
         part: Part,
@@ -213,6 +215,7 @@ class Missing:
     ):
         self.part = part
         self.names = [name for name in wanted if name not in found]
+        self.counts = {"pictures": len(self.names), "queries": 0}
         if not self.names:
             return
         first = printable(f"{self.names[0]} in {part.root / wanted[self.names[0]][0]}")
@@ -225,6 +228,7 @@ class Missing:
 
     def tell(self, kept: int, rows: int, what: str) -> None:
         """Say how much is left of `rows` queries or pairs, if anything is missing; FileNotFoundError if nothing is."""
+        self.counts["queries"] = rows - kept
         if not self.names:
             return
         if not kept:
@@ -301,6 +305,7 @@ def benchmark(
         subset=subsets if any(subsets) else (),
         rules=[tuple(one.rules) for one in kept] if any(one.rules for one in kept) else (),
         metrics=metrics,
+        missing=missing.counts,
     )
 
 

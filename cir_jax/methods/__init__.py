@@ -25,7 +25,8 @@ class Retriever(Protocol):
     `query` gives unit rows `[B, D]` (`Model.encode` asks several times where one query has several texts); `item` gives
     unit rows `[B, D]`. A larger score is better. Queries of several vectors are `([B, M, D], mask [B, M])`; the best of
     them counts. `query_kinds` names the parts that a query may consist of, the main kind first, and `item_kinds`, if a
-    method has it, those of an item (a picture, if it has not); `special_rows` is how many rows of the table of words a
+    method has it, those of an item (a picture, if it has not): what a gallery knows more of an item is not read;
+    `special_rows` is how many rows of the table of words a
     method has beyond the tokenizer's.
     """
 

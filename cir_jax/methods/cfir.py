@@ -82,9 +82,10 @@ def resized(own, theirs):
 
 
 class Cfir(nnx.Module):
-    """Retriever: `query` (text) and `item` (picture) give unit vectors."""
+    """Retriever: `query` (text) and `item` (picture) give unit vectors; or pictures ask for texts."""
 
-    query_kinds = ({"text"},)
+    query_kinds = ({"text"}, {"image"})
+    item_kinds = ({"image"}, {"text"})
     special_rows = 0
     starts = MappingProxyType({CfirConfig: resized})
 
@@ -111,13 +112,19 @@ class Cfir(nnx.Module):
 
     def query(self, query: dict[str, jax.Array], key: jax.Array | None = None) -> jax.Array:
         """`[B, D]`; a `key` turns drop-path and dropout on. A document's entities are a query each."""
-        if "text" not in query:
-            raise ValueError(f"a query needs `text`; this one has {sorted(query)}")
-        return unit(self.text_project(self.text(query["text"], query["text_mask"], key)))
+        if not {"text", "image"} & query.keys():
+            raise ValueError(f"a query needs `text` or `image`; this one has {sorted(query)}")
+        return self._text(query, key) if "text" in query else self._picture(query, key)
 
     def item(self, item: dict[str, jax.Array], key: jax.Array | None = None) -> jax.Array:
-        """`[B, D]`; a `key` turns drop-path and dropout on."""
-        return unit(self.image_project(self.image(item["image"], key)))
+        """`[B, D]`, of a picture, or of a text where texts are looked for; `key` as in `query`."""
+        return self._picture(item, key) if "image" in item else self._text(item, key)
+
+    def _text(self, example, key) -> jax.Array:
+        return unit(self.text_project(self.text(example["text"], example["text_mask"], key)))
+
+    def _picture(self, example, key) -> jax.Array:
+        return unit(self.image_project(self.image(example["image"], key)))
 
     def scale(self) -> jax.Array:
         """The learned inverse temperature."""

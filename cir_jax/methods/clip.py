@@ -51,6 +51,7 @@ class Clip(nnx.Module):
     """Retriever: `query` and `item` give unit vectors `[B, embed]`."""
 
     query_kinds = ({"text"}, {"image"}, {"image", "text"})
+    item_kinds = ({"image"}, {"text"})
     special_rows = 0
 
     def __init__(self, config: ClipConfig, rngs: nnx.Rngs):
@@ -82,6 +83,9 @@ class Clip(nnx.Module):
         return self._fused(query, None)
 
     def item(self, item: dict[str, jax.Array]) -> jax.Array:
+        """A picture, or a text where texts are looked for."""
+        if "image" not in item:
+            return unit(self.text(item["text"]))
         return unit(self.image(item["image"]))
 
     def _fused(self, query, key) -> jax.Array:
