@@ -9,11 +9,13 @@ and the pictures images/training/training_00009486, without an ending.
 
 from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from cir_jax.data import published
 from cir_jax.data.benchmark import Benchmark, Made
 from cir_jax.data.published import Asked, Pair, Part
+from cir_jax.data.tables import refuse
 
 METRICS = (*(f"recall@{k}" for k in (1, 5, 10)), "mrr")
 FIVE = 5  # captions of a picture under the flag `five`
@@ -60,7 +62,7 @@ def flickr30k_benchmark(root: str, variant: str = "", split: str = "test") -> Be
     return _benchmark(*_karpathy("flickr30k", root, variant, split))
 
 
-def _karpathy(name, root, variant, split) -> tuple[Part, list[Captioned]]:
+def _karpathy(name, root, variant, split) -> tuple[Part, Path, list[Captioned]]:
     part = published.part(
         name, root, variant, split, ("karpathy",), ("train", "val", "test"), ["five"]
     )
@@ -68,12 +70,13 @@ def _karpathy(name, root, variant, split) -> tuple[Part, list[Captioned]]:
     if name == "coco":
         shape |= {"filepath": str, "cocoid": int}
     file = part.root / f"dataset_{name}.json"
-    images = published.read_json(file, {"images": [{"split": str}]})["images"]
+    images = published.read_json(file, {"images": [shape]})["images"]
     wanted = ("train", "restval") if split == "train" else (split,)
     images = [image for image in images if image["split"] in wanted]
-    published.check_shape(images, [shape], file)
+    if not images:
+        raise ValueError(f"{file} has no pictures of the split {split!r}")
     most = FIVE if "five" in part.flags else None
-    return part, [
+    return part, file, [
         Captioned(
             str(image["cocoid"]) if name == "coco" else image["filename"].removesuffix(".jpg"),
             _below_images(f"{image.get('filepath', 'flickr30k-images')}/{image['filename']}"),
@@ -102,7 +105,7 @@ def lxmert_benchmark(root: str, variant: str = "", split: str = "minival") -> Be
     return _benchmark(*_lxmert(root, variant, split))
 
 
-def _lxmert(root, variant, split) -> tuple[Part, list[Captioned]]:
+def _lxmert(root, variant, split) -> tuple[Part, Path, list[Captioned]]:
     kind = (variant or SOURCES[0]).split("-")[0]
     sources, names = kind.split("+"), split.split("+")
     for what, given, known in (("source", sources, SOURCES), ("split", names, LXMERT)):
@@ -115,18 +118,17 @@ def _lxmert(root, variant, split) -> tuple[Part, list[Captioned]]:
     for name in names:
         file = part.root / LXMERT[name]
         records = published.read_json(file, [shape])
-        for row, record in enumerate(records):
-            chosen = {source: record["sentf"].get(source, []) for source in sources}
-            published.check_shape(
-                chosen, {source: [str] for source in sources}, f"{file}, [{row}].sentf"
-            )
+        none = {source: [] for source in sources}
+        records = [{**record, "sentf": none | record["sentf"]} for record in records]
+        said = {source: [str] for source in sources}
+        for record in published.fitting(records, [{"sentf": said}], file):
             texts = [
                 (f"{record['img_id']}:{source}:{number}", text)
-                for source, sentences in chosen.items()
-                for number, text in enumerate(sentences)
+                for source in sources
+                for number, text in enumerate(record["sentf"][source])
             ]
             found.append(Captioned(record["img_id"], _lxmert_places(record["img_id"]), texts))
-    return part, found
+    return part, part.root / "lxmert", found
 
 
 def _lxmert_places(name):
@@ -148,16 +150,18 @@ def cc3m_benchmark(root: str, variant: str = "", split: str = "val") -> Benchmar
     return _benchmark(*_cc3m(root, variant, split))
 
 
-def _cc3m(root, variant, split) -> tuple[Part, list[Captioned]]:
+def _cc3m(root, variant, split) -> tuple[Part, Path, list[Captioned]]:
     part = published.part("cc3m", root, variant, split, ("tsv",), ("train", "val"))
     name = {"train": "training", "val": "validation"}[split]
-    file, texts = part.root / f"{name}.tsv", defaultdict(list)
+    file, texts, faults = part.root / f"{name}.tsv", defaultdict(list), []
     for number, line in enumerate(published.read_lines(file), 1):
         cells = line.split("\t")
-        if len(cells) != 2 or not cells[1].strip():
-            raise ValueError(f"{file}, line {number} is no caption, tab and id: {line[:60]!r}")
-        texts[cells[1].strip()].append((f"{split}-{number}", cells[0]))
-    return part, [Captioned(key, [f"images/{name}/{key}"], said) for key, said in texts.items()]
+        if len(cells) == 2 and cells[1].strip():
+            texts[cells[1].strip()].append((f"{split}-{number}", cells[0]))
+        else:
+            faults.append(f"line {number} is no caption, tab and id: {line[:60]!r}")
+    refuse(f"{file} has another form than the published file", faults, file)
+    return part, file, [Captioned(key, [f"images/{name}/{key}"], said) for key, said in texts.items()]
 
 
 # ---- all ----
@@ -167,22 +171,22 @@ def _below_images(path):
     return [path, f"images/{path}"]
 
 
-def _places(part: Part, pictures: Sequence[Captioned]):
-    published.check_distinct([each.id for each in pictures], part.root)
+def _places(file: Path, pictures: Sequence[Captioned]):
+    published.distinct([each.id for each in pictures], file)
     return {each.id: each.places for each in pictures}
 
 
-def _pairs(part: Part, pictures: Sequence[Captioned]) -> Made:
-    places = _places(part, pictures)
+def _pairs(part: Part, file: Path, pictures: Sequence[Captioned]) -> Made:
+    places = _places(file, pictures)
     rows = [Pair((text,), each.id) for each in pictures for _, text in each.texts]
-    return published.pairs(part, rows, places)
+    return published.pairs(part, file, rows, places)
 
 
-def _benchmark(part: Part, pictures: Sequence[Captioned]) -> Benchmark:
-    places = _places(part, pictures)
+def _benchmark(part: Part, file: Path, pictures: Sequence[Captioned]) -> Benchmark:
+    places = _places(file, pictures)
     asked = [
         Asked(id=name, asks={"text": text}, targets={each.id: 1.0})
         for each in pictures
         for name, text in each.texts
     ]
-    return published.benchmark(part, asked, places, METRICS)
+    return published.benchmark(part, file, asked, places, METRICS)
