@@ -318,7 +318,7 @@ def test_files_that_are_not_there_or_no_json(copied):
     with pytest.raises(ValueError, match="holds a JSON dict, expected a list"):
         named_benchmark(f"fashioniq:{root}/dress/val")
     (root / "captions/cap.dress.val.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"no file .*cap.dress.val.json; README.md says"):
+    with pytest.raises(FileNotFoundError, match=r"no file .*cap.dress.val.json; .*README.md says"):
         named_benchmark(f"fashioniq:{root}/dress/val")
 
 
@@ -577,7 +577,7 @@ def test_captions_of_cc3m(copied):
     assert found.queries[0]["text"] == "a validation of validation_00009480"
     root = copied("cc3m")
     (root / "validation.tsv").write_text("a caption\n")
-    with pytest.raises(ValueError, match=r"validation.tsv, line 1 is no caption, tab and id"):
+    with pytest.raises(ValueError, match=r"validation.tsv has another form.*\n  line 1 is no caption, tab"):
         named_benchmark(f"cc3m:{root}/tsv/val")
 
 

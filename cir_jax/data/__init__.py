@@ -259,7 +259,7 @@ def parts_of(
     Args:
       name: a registered or published data set or benchmark, a key of `TABLES`, or one of `FOLDERS`.
       root: the raw data, or a packed data set.
-      training, benchmarks: which, as VARIANT/SPLIT; None for all that `PARTS` has.
+      training, benchmarks: which, as VARIANT/SPLIT; None for all that `PARTS` has, if both are None.
 
     Raises:
       ValueError: an unknown name, a missing root, a part that is not VARIANT/SPLIT, or none at all.
@@ -272,13 +272,13 @@ def parts_of(
     _known("data set", name, dict.fromkeys((*DATASETS, *BENCHMARKS, *PUBLISHED, *TABLES, *FOLDERS)))
     if name in TABLES or name in FOLDERS:
         return {_own_part(name): functools.partial(_own, name, root)}
-    usual = PARTS.get(name, ((), ()))
-    training = usual[0] if training is None else training
-    benchmarks = usual[1] if benchmarks is None else benchmarks
+    if training is None and benchmarks is None:
+        training, benchmarks = PARTS[name]
+    training, benchmarks = training or (), benchmarks or ()
     asked = [("training", each) for each in training] + [("benchmark", each) for each in benchmarks]
     if not asked:
         raise ValueError(
-            f"{name} has no usual parts; name what to take, as --training VARIANT/SPLIT or --benchmarks VARIANT/SPLIT"
+            f"there is nothing of {name} to take; name it, as --training VARIANT/SPLIT or --benchmarks VARIANT/SPLIT"
         )
     for _, each in asked:
         if each.count("/") != 1:

@@ -101,7 +101,7 @@ def read_json(path: Path, shape: Any) -> Any:
     """
     if not path.is_file():
         raise FileNotFoundError(
-            f"there is no file {path}; README.md says what the data set consists of"
+            f"there is no file {path}; cir_jax/data/README.md says what the data set consists of"
         )
     kind = list if isinstance(shape, list) else dict
     value = files.read_json(path, kind, distinct=kind is dict and str in shape)
