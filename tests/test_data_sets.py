@@ -577,7 +577,9 @@ def test_captions_of_cc3m(copied):
     assert found.queries[0]["text"] == "a validation of validation_00009480"
     root = copied("cc3m")
     (root / "validation.tsv").write_text("a caption\n")
-    with pytest.raises(ValueError, match=r"validation.tsv has another form.*\n  line 1 is no caption, tab"):
+    with pytest.raises(
+        ValueError, match=r"validation.tsv has another form.*\n  line 1 is no caption, tab"
+    ):
         named_benchmark(f"cc3m:{root}/tsv/val")
 
 

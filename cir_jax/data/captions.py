@@ -76,14 +76,18 @@ def _karpathy(name, root, variant, split) -> tuple[Part, Path, list[Captioned]]:
     if not images:
         raise ValueError(f"{file} has no pictures of the split {split!r}")
     most = FIVE if "five" in part.flags else None
-    return part, file, [
-        Captioned(
-            str(image["cocoid"]) if name == "coco" else image["filename"].removesuffix(".jpg"),
-            _below_images(f"{image.get('filepath', 'flickr30k-images')}/{image['filename']}"),
-            [(str(each["sentid"]), each["raw"]) for each in image["sentences"][:most]],
-        )
-        for image in images
-    ]
+    return (
+        part,
+        file,
+        [
+            Captioned(
+                str(image["cocoid"]) if name == "coco" else image["filename"].removesuffix(".jpg"),
+                _below_images(f"{image.get('filepath', 'flickr30k-images')}/{image['filename']}"),
+                [(str(each["sentid"]), each["raw"]) for each in image["sentences"][:most]],
+            )
+            for image in images
+        ],
+    )
 
 
 # ---- LXMERT ----
@@ -161,7 +165,11 @@ def _cc3m(root, variant, split) -> tuple[Part, Path, list[Captioned]]:
         else:
             faults.append(f"line {number} is no caption, tab and id: {line[:60]!r}")
     refuse(f"{file} has another form than the published file", faults, file)
-    return part, file, [Captioned(key, [f"images/{name}/{key}"], said) for key, said in texts.items()]
+    return (
+        part,
+        file,
+        [Captioned(key, [f"images/{name}/{key}"], said) for key, said in texts.items()],
+    )
 
 
 # ---- all ----

@@ -27,7 +27,9 @@ from cir_jax.progress import printable
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
 AVAILABLE = "available"  # the flag of every variant that leaves out what has no picture
 
-_absent: ContextVar[list[str] | None] = ContextVar("what is absent and taken to be there", default=None)
+_absent: ContextVar[list[str] | None] = ContextVar(
+    "what is absent and taken to be there", default=None
+)
 
 
 @dataclass(frozen=True)
@@ -279,6 +281,7 @@ class Missing:
                     f"{part.title}: {self.told}; get them, or take the variant {part.variant}-{AVAILABLE}, which leaves "
                     "out what needs them"
                 )
+            self.told = f"{what} are missing"  # each is named already
 
     def tell(self, kept: int, rows: int, what: str) -> None:
         """Say how much is left of `rows` queries or pairs, if anything is missing; FileNotFoundError if nothing is."""
