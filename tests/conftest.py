@@ -23,7 +23,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 NEEDS_SHARED = "needs ../shared"
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real annotation files beside the project; a test without it is skipped."""
     if not SHARED.is_dir():

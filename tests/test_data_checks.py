@@ -4,14 +4,19 @@ import dataclasses
 import json
 import os
 import re
+import shlex
+import tarfile
 from pathlib import Path
 
 import pytest
+import tyro
 from data_layouts import BENCHMARKS, TRAINING
 from test_data_sets import at_home, copied, made  # noqa: F401
 from test_packed import assert_same_benchmark, assert_same_rows
 
-from cir_jax.config import Data
+import cir_jax.data as data_package
+from cir_jax import embed
+from cir_jax.config import Data, Run
 from cir_jax.data import (
     PARTS,
     PUBLISHED,
@@ -26,6 +31,8 @@ from cir_jax.data.check import check
 from cir_jax.data.counts import counted
 from cir_jax.data.packed import Packed, Part, pack
 from cir_jax.workspace import content_digest
+
+PAGE = Path(data_package.__file__).with_name("README.md").read_text()
 
 
 @pytest.fixture(autouse=True)
@@ -99,6 +106,47 @@ def test_a_packed_set_is_found_where_the_raw_one_was(made, tmp_path, monkeypatch
         named_benchmark(f"cirr:{tmp_path}/fashioniq/rc2/val")
     with pytest.raises(ValueError, match="holds fashioniq, expected cirr"):
         parts_of("cirr", str(tmp_path / "fashioniq"))
+
+
+# ---- their page ----
+
+
+def test_what_the_page_says_can_be_done(made, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """Commands and lines of configs, on the small folders."""
+    monkeypatch.delenv("CIR_JAX_DATA")
+    monkeypatch.chdir(tmp_path)
+    os.symlink(made, "data")
+    os.mkdir("shards")
+    with tarfile.open("shards/00000.tar", "w") as archive:
+        archive.add(made / "coco/val2014/val2014_1.jpg", "0.jpg")
+        archive.add(made / "openimages/test.pkl.txt", "0.txt")
+    lines = re.findall(r"^(?:python -m|Run\(|Data\().*", PAGE, re.MULTILINE)
+    packed, trained, asked = set(), set(), set()
+    for line in lines:
+        words = shlex.split(line)
+        if line.startswith("Run("):
+            name = eval(line, {"Run": Run}).benchmark
+            asked.add(name.partition(":")[0])
+            assert len(named_benchmark(name).queries)
+        elif line.startswith("Data("):
+            data = eval(line, {"Data": Data})
+            trained.add(data.name)
+            assert len(training_set(data))
+        elif words[2] == "cir_jax.embed":
+            tyro.cli(embed.Arguments, args=words[3:])
+            assert len(open_gallery(words[4]))
+        else:
+            assert words[2] == "cir_jax.data"
+            __main__.main(words[3:])
+            packed |= {words[3]} if "--dest" in words else set()
+    assert packed == {*PUBLISHED, "captioned"}
+    assert trained == {"captioned", *(name for name, each in PUBLISHED.items() if each.pairs)}
+    assert asked == {name for name in PUBLISHED if PARTS[name][1]} - {"openimages"}, "no answers"
+
+
+def test_links_of_the_page_exist():
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", PAGE):
+        assert (Path(data_package.__file__).parent / target).exists(), target
 
 
 # ---- counts ----

@@ -140,18 +140,18 @@ def distinct(names: Sequence[str], path: Path) -> list[str]:
 
 def _fits(value, shape) -> bool:
     """True if there are no `_shape_faults`, quickly: files hold a million values."""
+    if type(shape) is type:
+        return type(value) is shape and not (shape is str and _NO_TEXT.search(value))
     if isinstance(shape, list):
         inner = shape[0]
         return type(value) is list and all(_fits(each, inner) for each in value)
-    if isinstance(shape, dict) and str in shape:
+    if str in shape:
         return type(value) is dict and all(
             _fits(key, str) and _fits(each, shape[str]) for key, each in value.items()
         )
-    if isinstance(shape, dict):
-        return type(value) is dict and all(
-            key in value and _fits(value[key], inner) for key, inner in shape.items()
-        )
-    return type(value) is shape and not (shape is str and _NO_TEXT.search(value))
+    return type(value) is dict and all(
+        key in value and _fits(value[key], inner) for key, inner in shape.items()
+    )
 
 
 def _shape_faults(value, shape, place=""):
