@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import tyro
 from data_layouts import BENCHMARKS, TRAINING
-from test_data_sets import at_home, copied, made  # noqa: F401
 from test_packed import assert_same_benchmark, assert_same_rows
 
 import cir_jax.data as data_package
@@ -35,9 +34,7 @@ from cir_jax.workspace import content_digest
 PAGE = Path(data_package.__file__).with_name("README.md").read_text()
 
 
-@pytest.fixture(autouse=True)
-def small(at_home):  # noqa: F811
-    """Small data sets at $CIR_JAX_DATA."""
+pytestmark = pytest.mark.usefixtures("at_home")
 
 
 def every_part(name, root):
@@ -61,7 +58,7 @@ def run(capsys, *arguments):
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_packed_sets_have_the_rows_of_raw_ones(name, made, tmp_path):  # noqa: F811
+def test_packed_sets_have_the_rows_of_raw_ones(name, made, tmp_path):
     """All parts, in the place of the raw folder: as training set, benchmark, and gallery."""
     raw, root = every_part(name, str(made / name)), str(tmp_path / name)
     pack(name, {part: opened() for part, opened in raw.items()}, root)
@@ -88,7 +85,7 @@ def test_the_usual_parts_are_those_of_every_set():
         assert bool(benchmarks) == (each.benchmark is not None)
 
 
-def test_a_packed_set_is_found_where_the_raw_one_was(made, tmp_path, monkeypatch):  # noqa: F811
+def test_a_packed_set_is_found_where_the_raw_one_was(made, tmp_path, monkeypatch):
     opened = {
         part: make() for part, make in parts_of("fashioniq", benchmarks=["dress/val"]).items()
     }
@@ -111,7 +108,7 @@ def test_a_packed_set_is_found_where_the_raw_one_was(made, tmp_path, monkeypatch
 # ---- their page ----
 
 
-def test_what_the_page_says_can_be_done(made, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_what_the_page_says_can_be_done(made, tmp_path, monkeypatch, capsys):
     """Commands and lines of configs, on the small folders."""
     monkeypatch.delenv("CIR_JAX_DATA")
     monkeypatch.chdir(tmp_path)
@@ -153,7 +150,7 @@ def test_links_of_the_page_exist():
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_the_command_counts_every_set(name, made, capsys):  # noqa: F811
+def test_the_command_counts_every_set(name, made, capsys):
     printed, error = run(capsys, name, "--root", made / name)
     assert not error and "missing" not in printed
     for part, opened in parts_of(name, str(made / name)).items():
@@ -167,7 +164,7 @@ def test_the_command_counts_every_set(name, made, capsys):  # noqa: F811
     assert printed.count("\n  first: {") == len(PARTS[name][0] + PARTS[name][1])
 
 
-def test_counts_are_those_of_the_annotations_whatever_is_missing(copied, capsys):  # noqa: F811
+def test_counts_are_those_of_the_annotations_whatever_is_missing(copied, capsys):
     root = copied("cirr")
     (root / "dev/dev-1-0-img1.png").unlink()
     (root / "cirr/captions/cap.rc2.train.json").unlink()
@@ -190,7 +187,7 @@ def test_counts_are_those_of_the_annotations_whatever_is_missing(copied, capsys)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_whole_sets_have_no_faults(name, made):  # noqa: F811
+def test_whole_sets_have_no_faults(name, made):
     report = check(every_part(name, str(made / name)))
     assert not report.faults and report.rows and report.pictures
 
@@ -245,6 +242,14 @@ def break_captions(root):
     changed(root / "dataset_coco.json", lambda r: r["images"][1]["sentences"][0].pop("raw"))
     changed(root / "dataset_coco.json", lambda r: r["images"].append(r["images"][2]))
     (root / "train2014").rename(root / "train")
+
+
+def break_lxmert(root):
+    file = root / "lxmert/mscoco_minival.json"
+    changed(file, lambda r: r.append({**r[0], "sentf": {"mscoco": ["one", 2]}}))
+    changed(file, lambda r: r.append(r[1]))
+    for path in (root / "images/val2014").glob("*_000700000002.jpg"):
+        path.rename(path.with_suffix(".JPG"))
 
 
 def break_cc3m(root):
@@ -308,6 +313,7 @@ BROKEN = {
             "test.json: [2] has no 'shared_concept'",
             "there is no 100 in ROOT/COCO2017_unlabeled/unlabeled2017/000000000100.jpg",
             "000000000021.jpg; 000000000021.png is there",
+            "coco/val: pictures are missing; no queries are left",
         ],
     ),
     "coco": (
@@ -316,6 +322,15 @@ BROKEN = {
             "dataset_coco.json: images[1].sentences[0] has no 'raw'",
             "dataset_coco.json: '98' is listed twice",
             "training karpathy/train: pictures: there is no 100 in ROOT/train2014/train2014_0.jpg",
+            "training karpathy/train: pictures: there is no 95 in ROOT/train2014/train2014_5.jpg",
+        ],
+    ),
+    "coco-lxmert": (
+        break_lxmert,
+        [
+            "mscoco_minival.json: [3].sentf.mscoco[1] is 2, expected str",
+            "lxmert: 'COCO_val2014_000700000001' is listed twice",
+            "2014_000700000002.jpg; COCO_val2014_000700000002.JPG is there, rename it",
         ],
     ),
     "cc3m": (
@@ -331,6 +346,7 @@ BROKEN = {
         [
             "blip_pairs.json: '../1' is no id of ImageNet, expected eight digits",
             "blip_pairs.json: [3] has no 'subject'",
+            "blip_pairs.json: [3] has no 'attribute'",
             "there is no 00000001 in ROOT/test/ILSVRC2012_test_00000001.JPEG; ILSVRC2012_test_00000001.jpeg is there",
         ],
     ),
@@ -353,7 +369,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_check_names_every_fault_of_a_published_set(name, copied, capsys):  # noqa: F811
+def test_a_check_names_every_fault_of_a_published_set(name, copied, capsys):
     change, wanted = BROKEN[name]
     root = copied(name)
     change(root)
@@ -362,11 +378,12 @@ def test_a_check_names_every_fault_of_a_published_set(name, copied, capsys):  # 
     for each in wanted:
         found = [line for line in faults if each.replace("ROOT", str(root)) in line]
         assert len(found) == 1, (each, printed)
+    assert len(faults) == len(wanted), faults
     assert re.fullmatch(rf"{name} has {len(faults)} faults, listed above", error)
     assert not (root.parent / "packed").exists()
 
 
-def test_a_folder_that_is_not_there_is_one_fault(copied, capsys):  # noqa: F811
+def test_a_folder_that_is_not_there_is_one_fault(copied, capsys):
     root = copied("flickr30k")
     (root / "flickr30k-images").rename(root / "flickr30k_images")
     printed, _ = run(capsys, "flickr30k", "--root", root, "--check")
@@ -379,7 +396,7 @@ def test_a_folder_that_is_not_there_is_one_fault(copied, capsys):  # noqa: F811
 # ---- digests ----
 
 
-def test_archives_count_by_their_files_and_changes_are_noticed(copied, tmp_path, monkeypatch):  # noqa: F811
+def test_archives_count_by_their_files_and_changes_are_noticed(copied, tmp_path, monkeypatch):
     """The gallery of a collection is not read to know it again, and another one is not taken for it."""
     root = copied("atomic")
     opened = lambda: named_benchmark(f"atomic:{root}/large/test")

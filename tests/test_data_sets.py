@@ -41,26 +41,7 @@ from cir_jax.retrieval import Queries
 from cir_jax.train import training_batches
 from cir_jax.workspace import Workspace
 
-
-@pytest.fixture(scope="session")
-def made(tmp_path_factory):
-    """The folder of all small data sets, by name."""
-    folder = tmp_path_factory.mktemp("data")
-    for name, write in LAYOUTS.items():
-        write(folder / name)
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def at_home(made, monkeypatch):
-    monkeypatch.setenv("CIR_JAX_DATA", str(made))
-    monkeypatch.setattr(circo, "GALLERY", 6)
-
-
-@pytest.fixture
-def copied(made, tmp_path):
-    """A function: a copy of a small data set, to be changed."""
-    return lambda name: shutil.copytree(made / name, tmp_path / name)
+pytestmark = pytest.mark.usefixtures("at_home")
 
 
 @functools.cache

@@ -179,19 +179,24 @@ def _below_images(path):
     return [path, f"images/{path}"]
 
 
-def _places(file: Path, pictures: Sequence[Captioned]):
+def _different(file: Path, pictures: Sequence[Captioned]) -> list[Captioned]:
+    """The pictures, which must have different ids."""
     published.distinct([each.id for each in pictures], file)
-    return {each.id: each.places for each in pictures}
+    found = {}
+    for each in pictures:
+        found.setdefault(each.id, each)
+    return list(found.values())
 
 
 def _pairs(part: Part, file: Path, pictures: Sequence[Captioned]) -> Made:
-    places = _places(file, pictures)
+    pictures = _different(file, pictures)
     rows = [Pair((text,), each.id) for each in pictures for _, text in each.texts]
-    return published.pairs(part, file, rows, places)
+    return published.pairs(part, file, rows, {each.id: each.places for each in pictures})
 
 
 def _benchmark(part: Part, file: Path, pictures: Sequence[Captioned]) -> Benchmark:
-    places = _places(file, pictures)
+    pictures = _different(file, pictures)
+    places = {each.id: each.places for each in pictures}
     asked = [
         Asked(id=name, asks={"text": text}, targets={each.id: 1.0})
         for each in pictures
