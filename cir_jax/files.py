@@ -14,6 +14,7 @@ import re
 import reprlib
 import secrets
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -305,14 +306,24 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
-def read_json(path: str | os.PathLike, kind: type = dict) -> Any:
-    """The JSON object (or list) in a file; ValueError naming the file if it is cut or is something else."""
+def read_json(path: str | os.PathLike, kind: type = dict, distinct: bool = False) -> Any:
+    """The JSON object (or list) in a file; ValueError naming the file if it is cut or is something else.
+
+    Args:
+      distinct: an object with a name twice, of which JSON takes the last, is refused.
+    """
     path = local_path(path)
     with reported(path, "read"):
         content = path.read_bytes()
     try:
         # Decoded here, or json would take a stray zero byte for UTF-16.
-        value = json.loads(content.decode("utf-8-sig"), parse_constant=_refuse_constant)
+        value = json.loads(
+            content.decode("utf-8-sig"),
+            parse_constant=_refuse_constant,
+            object_pairs_hook=_distinct if distinct else None,
+        )
+    except RepeatedNameError as error:
+        raise ValueError(f"{path.absolute()} has {error}; only one can be right") from None
     except (ValueError, RecursionError) as error:
         at = f"byte {error.start} is not UTF-8" if isinstance(error, UnicodeError) else error
         raise ValueError(
@@ -328,6 +339,18 @@ def read_json(path: str | os.PathLike, kind: type = dict) -> Any:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON")
+
+
+class RepeatedNameError(ValueError):
+    """An object of JSON has a name twice."""
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        again = [name for name, times in Counter(name for name, _ in pairs).items() if times > 1]
+        raise RepeatedNameError(", ".join(f"the name {name!r} twice" for name in again[:5]))
+    return found
 
 
 def read_manifest(folder: str | os.PathLike, kind: str) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import numpy as np
 
 from cir_jax import files
 from cir_jax.data.benchmark import Benchmark, Chosen
+from cir_jax.data.records import Gallery
 from cir_jax.progress import progress
 from cir_jax.vectors import Vectors, VectorWriter
 
@@ -43,8 +44,11 @@ def digest(value: Any) -> str:
 def content_digest(benchmark: Benchmark) -> str:
     """A digest of all that a benchmark asks and shows, so that nothing computed from other data is taken for its own.
 
-    Pictures count by their bytes, those in files of their own by size and time of the last change.
+    Pictures count by their bytes; those in files of their own, and galleries that lie in few large files, by the sizes
+    of these and the times of their last change. A collection may have eleven million pictures.
     """
+    gallery = benchmark.gallery
+    held = gallery.files if isinstance(gallery, Gallery) else ()
     value = [
         [benchmark.name, benchmark.variant, benchmark.split, benchmark.metrics],
         [list(benchmark.ids), list(benchmark.exclude), list(benchmark.rules)],
@@ -54,7 +58,7 @@ def content_digest(benchmark: Benchmark) -> str:
             for each in benchmark.positives
         ],
         [_seen(query) for query in benchmark.queries],
-        [_seen(item) for item in benchmark.gallery],
+        [_picture(path) for path in held] if held else [_seen(item) for item in gallery],
     ]
     return digest(value)
 

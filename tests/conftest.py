@@ -23,7 +23,31 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 NEEDS_SHARED = "needs ../shared"
 
 
+@pytest.fixture(scope="session")
+def made(tmp_path_factory) -> Path:
+    """The folder of small copies of all published data sets, by name."""
+    from data_layouts import LAYOUTS
+
+    folder = tmp_path_factory.mktemp("data")
+    for name, write in LAYOUTS.items():
+        write(folder / name)
+    return folder
+
+
 @pytest.fixture
+def at_home(made, monkeypatch):
+    """They are where published data sets are looked for."""
+    monkeypatch.setenv("CIR_JAX_DATA", str(made))
+    monkeypatch.setattr("cir_jax.data.circo.GALLERY", 6)
+
+
+@pytest.fixture
+def copied(made, tmp_path):
+    """A function: a copy of a small data set, to be changed."""
+    return lambda name: shutil.copytree(made / name, tmp_path / name)
+
+
+@pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real annotation files beside the project; a test without it is skipped."""
     if not SHARED.is_dir():

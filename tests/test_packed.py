@@ -296,7 +296,7 @@ def test_the_command_packs_and_checks(shop, tmp_path):
     done = processes.run("cir_jax.data", "pairs", "--root", dest, "--check")
     assert done.returncode == 1 and b"pictures/" in done.stderr and b"changed or cut" in done.stderr
     done = processes.run("cir_jax.data", "pairs", "--root", shop / "pairs.csv")
-    assert done.returncode == 1 and b"nothing to do" in done.stderr
+    assert done.returncode == 0 and b"training own/all: 3 pairs\n  first: {" in done.stdout
     done = processes.run("cir_jax.data", "pairs", "--dest", tmp_path / "other")
     assert done.returncode == 1 and b"pairs needs a root" in done.stderr
 

@@ -4,15 +4,18 @@ The pictures are not at hand; `pictured` says of every one that it is there.
 """
 
 import json
+import re
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from cir_jax import metrics
 from cir_jax.config import Data
-from cir_jax.data import circo, named_benchmark, published, training_set
+from cir_jax.data import __main__, circo, named_benchmark, published, training_set
 
+README = Path(published.__file__).with_name("README.md").read_text()
 FASHIONIQ = {  # queries and pictures of each split, pictures of the union
     "dress": ((5985, 11452), (2017, 3817), (2024, 3818), 2628),
     "shirt": ((5988, 19036), (2038, 6346), (2038, 6346), 3089),
@@ -38,8 +41,29 @@ class Everything:
 
 
 @pytest.fixture(autouse=True)
-def pictured(shared, monkeypatch):
-    monkeypatch.setattr(published, "listing", lambda root, folder: Everything())
+def pictured(request, shared, monkeypatch):
+    if "unpictured" not in request.fixturenames:
+        monkeypatch.setattr(published, "listing", lambda root, folder: Everything())
+
+
+@pytest.fixture
+def unpictured():
+    """Without pictures, as things are."""
+
+
+@pytest.mark.parametrize(
+    "name", ["fashioniq", "cirr", pytest.param("circo", marks=pytest.mark.slow)]
+)
+def test_the_command_prints_what_its_readme_shows(name, unpictured, request, shared, capsys):
+    """All but the examples, which belong to the data sets."""
+    root = request.getfixturevalue("circo_root") if name == "circo" else shared / "data" / name
+    more = ["--benchmarks", "rc2/val", "rc2/test1"] if name == "cirr" else []
+    __main__.main([name, "--root", str(root), *more])
+    printed = capsys.readouterr().out
+    assert printed.count("\n  first: {") == len(re.findall("^[a-z]", printed, re.MULTILINE))
+    printed = re.sub(r"^  first: .*\n", "", printed, flags=re.MULTILINE)
+    (block,) = re.findall(rf"^```printed {name}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    assert re.sub(r" \(first: .*\)", "", printed) == block
 
 
 # ---- FashionIQ ----
@@ -149,11 +173,11 @@ def test_pictures_of_cirr(shared):
 # ---- CIRCO ----
 
 
-@pytest.fixture
-def circo_root(shared, tmp_path):
+@pytest.fixture(scope="module")
+def circo_root(shared, tmp_path_factory):
     """The real annotations, with a list of pictures that holds all that they name."""
+    tmp_path, needed = tmp_path_factory.mktemp("circo"), {}
     (tmp_path / "annotations").mkdir()
-    needed = {}
     for split in ("val", "test"):
         text = (shared / f"data/circo/annotations/{split}.json").read_text()
         (tmp_path / f"annotations/{split}.json").write_text(text)

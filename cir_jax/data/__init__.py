@@ -57,10 +57,12 @@ PARTS = {
     "cirr": (("rc2/train",), ("rc2/val", "rc2/test1")),
     "circo": ((), ("coco/val", "coco/test")),
     "atomic": (("fields/train",), ("small/val", "small/test")),
+    "coco-lxmert": (("mscoco/train+nominival",), ("mscoco/minival",)),
     "coco": (("karpathy/train",), ("karpathy/val", "karpathy/test")),
     "flickr30k": (("karpathy/train",), ("karpathy/val", "karpathy/test")),
     "cc3m": (("tsv/train",), ("tsv/val",)),
     "imagenet": (("blip/test",), ()),
+    "openimages": ((), tuple(f"dialogues/{split}" for split in openimages.FILES)),
 }
 # What `python -m cir_jax.data` calls data of one's own beside `TABLES`.
 FOLDERS = ("benchmark", "gallery")
@@ -104,13 +106,14 @@ def training_set(data: "Data") -> Dataset:
     """
     trained = {name: each.pairs for name, each in PUBLISHED.items() if each.pairs}
     make = _known("data set", data.name, DATASETS | TABLES | trained)
-    if data.root and packed.is_packed(data.root):
+    root = data.root or (_usual_root(data.name) if data.name in PUBLISHED else "")
+    if root and packed.is_packed(root):
         part = (own.VARIANT, own.SPLIT) if data.name in TABLES else (data.variant, data.split)
-        return packed.Packed(data.root).training(data.name, *part)
+        return packed.Packed(root).training(data.name, *part)
     if data.name in TABLES:
         return make(_table_of(data))
     if data.name in PUBLISHED:
-        return make(data.root or _usual_root(data.name), data.variant, data.split)
+        return make(root, data.variant, data.split)
     if data.root:
         raise ValueError(f"{data.name} is built in and has no root; found {data.root!r}")
     return make(**({"variant": data.variant} if data.variant else {}), split=data.split)
@@ -143,7 +146,7 @@ def open_benchmark(name: str, variant: str = "", split: str = "test", **options)
     """A benchmark; `open_benchmark(b.name, b.variant, b.split)` makes `b` again.
 
     Args:
-      name: a key of `BENCHMARKS`; or of `PUBLISHED`, with or without a root: `cirr`, `cirr:FOLDER`.
+      name: a key of `BENCHMARKS`; or of `PUBLISHED`, with or without a root, raw or packed: `cirr`, `cirr:FOLDER`.
       variant: for the emoji a drawing style, `noto` or `twemoji`, then flags: `noto-full`; empty for
         the usual one.
       split: `val` or `test`, or what a published set calls them.
@@ -158,7 +161,11 @@ def open_benchmark(name: str, variant: str = "", split: str = "test", **options)
     if base not in asked:
         options |= {"variant": variant} if variant else {}
         return _known("benchmark", name, BENCHMARKS | asked)(split=split, **options)
-    found = asked[base](root or _usual_root(base), variant, split, **options)
+    root = root or _usual_root(base)
+    if packed.is_packed(root):
+        found = packed.Packed(root).benchmark(variant, split, of=base)
+    else:
+        found = asked[base](root, variant, split, **options)
     return dataclasses.replace(found, name=name)
 
 
@@ -173,9 +180,16 @@ def tuning_benchmark(name: str) -> str | None:
     base, variant, split = benchmark_parts(name)
     if not is_registered(base):
         return None
-    known = PUBLISHED.get(base.partition(":")[0])
-    tuning = known.tuning if known else "val"
-    return f"{base}/{variant}/{tuning}" if tuning and tuning != split else None
+    kind, _, root = base.partition(":")
+    tuning = PUBLISHED[kind].tuning if kind in PUBLISHED else "val"
+    if not tuning or tuning == split:
+        return None
+    root = root or (_usual_root(kind) if kind in PUBLISHED else "")
+    if root and packed.is_packed(root):
+        part = packed.Part("benchmark", _without_limit(variant)[0], tuning)
+        if part not in packed.Packed(root).parts:
+            return None
+    return f"{base}/{variant}/{tuning}"
 
 
 def named_benchmark(name: str) -> Benchmark:
@@ -245,24 +259,26 @@ def parts_of(
     Args:
       name: a registered or published data set or benchmark, a key of `TABLES`, or one of `FOLDERS`.
       root: the raw data, or a packed data set.
-      training, benchmarks: which, as VARIANT/SPLIT; None for all that `PARTS` has.
+      training, benchmarks: which, as VARIANT/SPLIT; None for all that `PARTS` has, if both are None.
 
     Raises:
       ValueError: an unknown name, a missing root, a part that is not VARIANT/SPLIT, or none at all.
     """
     if root and packed.is_packed(root):
         found = packed.Packed(root)
+        if name != found.name:
+            raise ValueError(f"{root} holds {found.name}, expected {name}")
         return {part: functools.partial(found.open, part) for part in found.parts}
     _known("data set", name, dict.fromkeys((*DATASETS, *BENCHMARKS, *PUBLISHED, *TABLES, *FOLDERS)))
     if name in TABLES or name in FOLDERS:
         return {_own_part(name): functools.partial(_own, name, root)}
-    usual = PARTS.get(name, ((), ()))
-    training = usual[0] if training is None else training
-    benchmarks = usual[1] if benchmarks is None else benchmarks
+    if training is None and benchmarks is None:
+        training, benchmarks = PARTS[name]
+    training, benchmarks = training or (), benchmarks or ()
     asked = [("training", each) for each in training] + [("benchmark", each) for each in benchmarks]
     if not asked:
         raise ValueError(
-            f"{name} has no usual parts; name what to take, as --training VARIANT/SPLIT or --benchmarks VARIANT/SPLIT"
+            f"there is nothing of {name} to take; name it, as --training VARIANT/SPLIT or --benchmarks VARIANT/SPLIT"
         )
     for _, each in asked:
         if each.count("/") != 1:

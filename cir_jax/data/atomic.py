@@ -88,7 +88,8 @@ def benchmark(root: str, variant: str = "", split: str = "test") -> Benchmark:
         for (topic, text), targets in topics.items()
         if text in raws
     ]
-    return published.benchmark(part, asked, places, METRICS, pictures=pictures)
+    file, held = part.root / QRELS, pictures.rows.files
+    return published.benchmark(part, file, asked, places, METRICS, pictures=pictures, files=held)
 
 
 def write_extracts(

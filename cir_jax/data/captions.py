@@ -9,12 +9,14 @@ and the pictures images/training/training_00009486, without an ending.
 
 from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from cir_jax.data import published
 from cir_jax.data.benchmark import Benchmark, Made
 from cir_jax.data.published import Asked, Missing, Pair, Part
 from cir_jax.data.records import Gallery
+from cir_jax.data.tables import refuse
 
 METRICS = (*(f"recall@{k}" for k in (1, 5, 10)), "mrr")
 FIVE = 5  # captions of a picture under the flag `five`
@@ -64,7 +66,7 @@ def flickr30k_benchmark(root: str, variant: str = "", split: str = "test") -> Be
 
 def _karpathy(
     name, root, variant, split, flags: Sequence[str] = ("five",)
-) -> tuple[Part, list[Captioned]]:
+) -> tuple[Part, Path, list[Captioned]]:
     part = published.part(
         name, root, variant, split, ("karpathy",), ("train", "val", "test"), flags
     )
@@ -72,19 +74,24 @@ def _karpathy(
     if name == "coco":
         shape |= {"filepath": str, "cocoid": int}
     file = part.root / f"dataset_{name}.json"
-    images = published.read_json(file, {"images": [{"split": str}]})["images"]
+    images = published.read_json(file, {"images": [shape]})["images"]
     wanted = ("train", "restval") if split == "train" else (split,)
     images = [image for image in images if image["split"] in wanted]
-    published.check_shape(images, [shape], file)
+    if not images:
+        raise ValueError(f"{file} has no pictures of the split {split!r}")
     most = FIVE if "five" in part.flags else None
-    return part, [
-        Captioned(
-            str(image["cocoid"]) if name == "coco" else image["filename"].removesuffix(".jpg"),
-            _below_images(f"{image.get('filepath', 'flickr30k-images')}/{image['filename']}"),
-            [(str(each["sentid"]), each["raw"]) for each in image["sentences"][:most]],
-        )
-        for image in images
-    ]
+    return (
+        part,
+        file,
+        [
+            Captioned(
+                str(image["cocoid"]) if name == "coco" else image["filename"].removesuffix(".jpg"),
+                _below_images(f"{image.get('filepath', 'flickr30k-images')}/{image['filename']}"),
+                [(str(each["sentid"]), each["raw"]) for each in image["sentences"][:most]],
+            )
+            for image in images
+        ],
+    )
 
 
 # ---- LXMERT ----
@@ -106,7 +113,7 @@ def lxmert_benchmark(root: str, variant: str = "", split: str = "minival") -> Be
     return _benchmark(*_lxmert(root, variant, split))
 
 
-def _lxmert(root, variant, split) -> tuple[Part, list[Captioned]]:
+def _lxmert(root, variant, split) -> tuple[Part, Path, list[Captioned]]:
     kind = (variant or SOURCES[0]).split("-")[0]
     sources, names = kind.split("+"), split.split("+")
     for what, given, known in (("source", sources, SOURCES), ("split", names, LXMERT)):
@@ -119,18 +126,17 @@ def _lxmert(root, variant, split) -> tuple[Part, list[Captioned]]:
     for name in names:
         file = part.root / LXMERT[name]
         records = published.read_json(file, [shape])
-        for row, record in enumerate(records):
-            chosen = {source: record["sentf"].get(source, []) for source in sources}
-            published.check_shape(
-                chosen, {source: [str] for source in sources}, f"{file}, [{row}].sentf"
-            )
+        none = {source: [] for source in sources}
+        records = [{**record, "sentf": none | record["sentf"]} for record in records]
+        said = {source: [str] for source in sources}
+        for record in published.fitting(records, [{"sentf": said}], file):
             texts = [
                 (f"{record['img_id']}:{source}:{number}", text)
-                for source, sentences in chosen.items()
-                for number, text in enumerate(sentences)
+                for source in sources
+                for number, text in enumerate(record["sentf"][source])
             ]
             found.append(Captioned(record["img_id"], _lxmert_places(record["img_id"]), texts))
-    return part, found
+    return part, part.root / "lxmert", found
 
 
 def _lxmert_places(name):
@@ -152,16 +158,22 @@ def cc3m_benchmark(root: str, variant: str = "", split: str = "val") -> Benchmar
     return _benchmark(*_cc3m(root, variant, split))
 
 
-def _cc3m(root, variant, split) -> tuple[Part, list[Captioned]]:
+def _cc3m(root, variant, split) -> tuple[Part, Path, list[Captioned]]:
     part = published.part("cc3m", root, variant, split, ("tsv",), ("train", "val"))
     name = {"train": "training", "val": "validation"}[split]
-    file, texts = part.root / f"{name}.tsv", defaultdict(list)
+    file, texts, faults = part.root / f"{name}.tsv", defaultdict(list), []
     for number, line in enumerate(published.read_lines(file), 1):
         cells = line.split("\t")
-        if len(cells) != 2 or not cells[1].strip():
-            raise ValueError(f"{file}, line {number} is no caption, tab and id: {line[:60]!r}")
-        texts[cells[1].strip()].append((f"{split}-{number}", cells[0]))
-    return part, [Captioned(key, [f"images/{name}/{key}"], said) for key, said in texts.items()]
+        if len(cells) == 2 and cells[1].strip():
+            texts[cells[1].strip()].append((f"{split}-{number}", cells[0]))
+        else:
+            faults.append(f"line {number} is no caption, tab and id: {line[:60]!r}")
+    refuse(f"{file} has another form than the published file", faults, file)
+    return (
+        part,
+        file,
+        [Captioned(key, [f"images/{name}/{key}"], said) for key, said in texts.items()],
+    )
 
 
 # ---- all ----
@@ -171,37 +183,44 @@ def _below_images(path):
     return [path, f"images/{path}"]
 
 
-def _places(part: Part, pictures: Sequence[Captioned]):
-    published.check_distinct([each.id for each in pictures], part.root)
-    return {each.id: each.places for each in pictures}
+def _different(file: Path, pictures: Sequence[Captioned]) -> list[Captioned]:
+    """The pictures, which must have different ids."""
+    published.distinct([each.id for each in pictures], file)
+    found = {}
+    for each in pictures:
+        found.setdefault(each.id, each)
+    return list(found.values())
 
 
-def _pairs(part: Part, pictures: Sequence[Captioned]) -> Made:
-    places = _places(part, pictures)
+def _pairs(part: Part, file: Path, pictures: Sequence[Captioned]) -> Made:
+    pictures = _different(file, pictures)
     rows = [Pair((text,), each.id) for each in pictures for _, text in each.texts]
-    return published.pairs(part, rows, places)
+    return published.pairs(part, file, rows, {each.id: each.places for each in pictures})
 
 
-def _benchmark(part: Part, pictures: Sequence[Captioned]) -> Benchmark:
-    places = _places(part, pictures)
+def _benchmark(part: Part, file: Path, pictures: Sequence[Captioned]) -> Benchmark:
+    pictures = _different(file, pictures)
+    places = {each.id: each.places for each in pictures}
     if "texts" in part.flags:
-        return _other_direction(part, pictures, places)
+        return _other_direction(part, file, pictures, places)
     asked = [
         Asked(id=name, asks={"text": text}, targets={each.id: 1.0})
         for each in pictures
         for name, text in each.texts
     ]
-    return published.benchmark(part, asked, places, METRICS)
+    return published.benchmark(part, file, asked, places, METRICS)
 
 
-def _other_direction(part: Part, pictures: Sequence[Captioned], places) -> Benchmark:
+def _other_direction(
+    part: Part, file: Path, pictures: Sequence[Captioned], places
+) -> Benchmark:
     """Pictures ask for their captions; both of a missing picture are left out."""
     paths = published.find(part.root, places)
     missing = Missing(part, places, paths)
     kept = [each for each in pictures if each.id in paths and each.texts]
     missing.tell(len(kept), len(pictures), "queries")
     texts = {name: text for each in kept for name, text in each.texts}
-    published.check_distinct([name for each in kept for name, _ in each.texts], part.root)
+    published.distinct([name for each in kept for name, _ in each.texts], file)
     ids = list(texts)
     rows = {name: row for row, name in enumerate(ids)}
     return Benchmark(

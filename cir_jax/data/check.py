@@ -1,5 +1,6 @@
 """Everything that is missing or wrong in a data set, in one report."""
 
+import functools
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from cir_jax.commands import reason
 from cir_jax.data.benchmark import Benchmark, Dataset
 from cir_jax.data.images import open_image
 from cir_jax.data.packed import Part
-from cir_jax.data.records import Gallery, near
+from cir_jax.data.records import Gallery, by_stem, near
 from cir_jax.data.tables import collected
 from cir_jax.progress import progress
 
@@ -43,10 +44,10 @@ class Report:
 def check(parts: Mapping[Part, Opener]) -> Report:
     """Open every part, read every row and decode every picture; go on behind each fault.
 
-    Faults are those of annotations (as the readers name them), an empty part, an id that two rows of a gallery share,
+    Faults are those of annotations (as the readers name them), pictures that a published set lacks, an empty part, an id that two rows of a gallery share,
     rows that cannot be read, and pictures that are missing, have a name in other case, or cannot be decoded.
     """
-    report, shown, items = Report(), {}, {}
+    report, shown, items, told = Report(), {}, {}, set()
     for part, open_part in parts.items():
         with collected() as faults:
             try:
@@ -54,7 +55,9 @@ def check(parts: Mapping[Part, Opener]) -> Report:
             except (ValueError, OSError) as error:
                 faults.append(reason(error))
                 found = []
-        report.faults += [f"{part}: {fault}" for fault in faults]
+        # Two parts may read one file; what is wrong with it is said once.
+        report.faults += [f"{part}: {fault}" for fault in faults if fault not in told]
+        told |= set(faults)
         for table, rows in _tables(part, found):
             if not len(rows) and not faults:
                 report.faults.append(f"{table} has no rows")
@@ -107,12 +110,12 @@ def _digest(image) -> bytes:
 def _look_at(report: Report, shown: Mapping, items: Mapping) -> None:
     """Decode every picture, and compare the contents of those of one gallery."""
     report.pictures = len(shown)
-    contents = {}
+    contents, decoded = {}, functools.partial(_decoded, names_in=functools.cache(by_stem))
     with ThreadPoolExecutor() as pool, progress("pictures", len(shown)) as advance:
         everything = list(shown.items())
         for first in range(0, len(everything), CHUNK):
             some = everything[first : first + CHUNK]
-            for (key, (place, _)), (fault, content) in zip(some, pool.map(_decoded, some)):
+            for (key, (place, _)), (fault, content) in zip(some, pool.map(decoded, some)):
                 contents[key] = content
                 report.faults += [f"{place}: {fault}"] if fault else []
             advance(len(some))
@@ -125,7 +128,7 @@ def _look_at(report: Report, shown: Mapping, items: Mapping) -> None:
             report.notes.append(f"{table}: the same picture is {', '.join(names)}")
 
 
-def _decoded(entry) -> tuple[str, bytes | None]:
+def _decoded(entry, names_in) -> tuple[str, bytes | None]:
     """(what is wrong, or nothing; the digest of the content) of a picture."""
     key, (_, again) = entry
     try:
@@ -134,7 +137,7 @@ def _decoded(entry) -> tuple[str, bytes | None]:
                 open_image(image)
             return "", key
         if not os.path.isfile(key):
-            return f"there is no picture {key}{near(Path(key))}", None
+            return f"there is no picture {key}{near(Path(key), names_in)}", None
         open_image(key)
         return "", hashlib.sha256(Path(key).read_bytes()).digest()
     except (ValueError, OSError) as error:

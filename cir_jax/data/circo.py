@@ -7,6 +7,7 @@ COCO2017_unlabeled/unlabeled2017/000000000008.jpg, …
 from cir_jax.data import published
 from cir_jax.data.benchmark import Benchmark
 from cir_jax.data.published import Asked
+from cir_jax.data.tables import refuse
 
 SPLITS = ("val", "test")
 GALLERY = 123_403  # all of COCO 2017 unlabeled
@@ -30,17 +31,17 @@ def benchmark(root: str, variant: str = "", split: str = "val") -> Benchmark:
     if split == "val":
         shape |= {"target_img_id": int, "gt_img_ids": [int]}
     file = part.root / f"annotations/{split}.json"
-    records = published.read_json(file, [shape])
-    published.check_shape([r.get("semantic_aspects", []) for r in records], [[str]], file)
+    records = [{"semantic_aspects": [], **r} for r in published.read_json(file, [shape])]
+    records = published.fitting(records, [{"semantic_aspects": [str]}], file)
     asked = [
         Asked(
             id=str(record["id"]),
             asks={"text": _text(record, "concept" in part.flags)},
-            targets=_targets(record, file),
+            targets=_targets(record),
             reference=str(record["reference_img_id"]),
-            rules=record.get("semantic_aspects", ()),
+            rules=record["semantic_aspects"],
         )
-        for record in records
+        for record in _answered(records, file)
     ]
     info = published.read_json(part.root / INFO, {"images": [{"id": int, "file_name": str}]})
     if len(info["images"]) != GALLERY:
@@ -50,9 +51,8 @@ def benchmark(root: str, variant: str = "", split: str = "val") -> Benchmark:
         )
     folder = "COCO2017_unlabeled/unlabeled2017"
     places = {str(image["id"]): [f"{folder}/{image['file_name']}"] for image in info["images"]}
-    if len(places) < GALLERY:
-        raise ValueError(f"{part.root / INFO} lists an id twice")
-    return published.benchmark(part, asked, places, METRICS)
+    published.distinct([str(image["id"]) for image in info["images"]], part.root / INFO)
+    return published.benchmark(part, file, asked, places, METRICS)
 
 
 def _text(record, with_concept: bool) -> str:
@@ -60,10 +60,14 @@ def _text(record, with_concept: bool) -> str:
     return f"find {record['shared_concept']} but {caption}" if with_concept else caption
 
 
-def _targets(record, file) -> dict[str, float]:
-    if "gt_img_ids" not in record:
-        return {}
-    if record["target_img_id"] not in record["gt_img_ids"]:
-        raise ValueError(f"{file}: the target of query {record['id']} is none of its answers")
+def _answered(records, file) -> list[dict]:
+    """The records, whose target must be among their answers."""
+    odd = lambda r: "gt_img_ids" in r and r["target_img_id"] not in r["gt_img_ids"]
+    faults = [f"the target of query {r['id']} is none of its answers" for r in records if odd(r)]
+    refuse(f"{file} contradicts itself", faults, file)
+    return [record for record in records if not odd(record)]
+
+
+def _targets(record) -> dict[str, float]:
     grade = lambda name: TARGET if name == record["target_img_id"] else 1.0
-    return {str(name): grade(name) for name in record["gt_img_ids"]}
+    return {str(name): grade(name) for name in record.get("gt_img_ids", ())}

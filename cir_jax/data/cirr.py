@@ -4,9 +4,12 @@ cirr/captions/cap.rc2.{train,val,test1}.json, cirr/image_splits/split.rc2.….js
 the latter give (train/34/….png, dev/….png, test1/….png), below the folder itself, img_raw or cirr/img_raw.
 """
 
+from pathlib import Path
+
 from cir_jax.data import published
 from cir_jax.data.benchmark import Benchmark, Made
 from cir_jax.data.published import Asked, Pair, Part
+from cir_jax.data.tables import refuse
 
 SPLITS = ("train", "val", "test1")
 FOLDERS = ("", "img_raw/", "cirr/img_raw/")
@@ -22,7 +25,7 @@ def pairs(root: str, variant: str = "", split: str = "train") -> Made:
     """Raw training pairs with the caption as it is."""
     part = published.part("cirr", root, variant, split, ("rc2",), SPLITS[:2])
     rows = [Pair([r["caption"]], r["target_hard"], r["reference"]) for r in _records(part)]
-    return published.pairs(part, rows, _places(part))
+    return published.pairs(part, _file(part), rows, _places(part))
 
 
 def benchmark(root: str, variant: str = "", split: str = "val") -> Benchmark:
@@ -38,36 +41,47 @@ def benchmark(root: str, variant: str = "", split: str = "val") -> Benchmark:
             asks={"text": record["caption"]},
             targets={record["target_hard"]: 1.0} if "target_hard" in record else {},
             reference=record["reference"],
-            subset=_others(record, part),
+            subset=_others(record),
         )
-        for record in _records(part)
+        for record in _grouped(_records(part), part)
     ]
-    return published.benchmark(part, asked, _places(part), METRICS, exclude=True)
+    return published.benchmark(part, _file(part), asked, _places(part), METRICS, exclude=True)
 
 
-def _others(record, part: Part) -> list[str]:
-    members = record["img_set"]["members"]
-    others = [name for name in members if name != record["reference"]]
-    if len(set(members)) != MEMBERS or len(members) != MEMBERS or len(others) != MEMBERS - 1:
-        raise ValueError(
-            f"{part.title}: pair {record['pairid']} has the group {members}, expected {MEMBERS} different "
-            f"pictures with the reference {record['reference']!r}"
-        )
-    return others
+def _others(record) -> list[str]:
+    return [name for name in record["img_set"]["members"] if name != record["reference"]]
+
+
+def _grouped(records, part: Part) -> list[dict]:
+    """The records, which must have whole groups."""
+    whole, faults = [], []
+    for record in records:
+        members, count = record["img_set"]["members"], len(_others(record))
+        if len(set(members)) == len(members) == MEMBERS == count + 1:
+            whole.append(record)
+        else:
+            faults.append(
+                f"pair {record['pairid']} has the group {members}, expected {MEMBERS} different pictures with the "
+                f"reference {record['reference']!r}"
+            )
+    refuse(f"{part.title} has groups that are not whole", faults, _file(part))
+    return whole
 
 
 def _records(part: Part) -> list[dict]:
     shape = {"pairid": int, "reference": str, "caption": str, "img_set": {"members": [str]}}
     if part.split != "test1":
         shape["target_hard"] = str
-    return published.read_json(part.root / f"cirr/captions/cap.rc2.{part.split}.json", [shape])
+    return published.read_json(_file(part), [shape])
+
+
+def _file(part: Part) -> Path:
+    return part.root / f"cirr/captions/cap.rc2.{part.split}.json"
 
 
 def _places(part: Part) -> dict[str, list[str]]:
     file = part.root / f"cirr/image_splits/split.rc2.{part.split}.json"
-    names = published.read_json(file, {})
-    published.check_shape(list(names.values()), [str], file)
     return {
         name: [f"{each}{path.removeprefix('./')}" for each in FOLDERS]
-        for name, path in names.items()
+        for name, path in published.read_json(file, {str: str}).items()
     }

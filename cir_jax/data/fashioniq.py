@@ -5,10 +5,12 @@ images/ID.jpg, images/ID.png, or ID.jpg in a folder for each category.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from cir_jax.data import published
 from cir_jax.data.benchmark import Benchmark, Made
 from cir_jax.data.published import Asked, Pair, Part
+from cir_jax.data.tables import refuse
 
 CATEGORIES = ("dress", "toptee", "shirt")  # in the order in which the published training joins them
 SPLITS = ("train", "val", "test")
@@ -29,7 +31,7 @@ def pairs(root: str, variant: str = "", split: str = "train") -> Made:
         for record in _records(part, category)
     ]
     names = {name for row in rows for name in (row.target, row.reference)}
-    return published.pairs(part, rows, _places(names))
+    return published.pairs(part, part.root / "captions", rows, _places(names))
 
 
 def benchmark(root: str, variant: str = "", split: str = "val") -> Benchmark:
@@ -61,8 +63,7 @@ def benchmark(root: str, variant: str = "", split: str = "val") -> Benchmark:
         raise ValueError(f"{part.title}: the union is of references and targets, and test has none")
     records = _records(part, part.kind)
     file = part.root / f"image_splits/split.{part.kind}.{split}.json"
-    ids = published.read_json(file, [str])
-    published.check_distinct(ids, file)
+    ids = published.distinct(published.read_json(file, [str]), file)
     if "union" in part.flags:
         named = {record[key] for record in records for key in ("candidate", "target")}
         ids = [name for name in ids if name in named]
@@ -75,7 +76,7 @@ def benchmark(root: str, variant: str = "", split: str = "val") -> Benchmark:
         )
         for row, record in enumerate(records)
     ]
-    return published.benchmark(part, asked, _places(ids), METRICS)
+    return published.benchmark(part, _file(part, part.kind), asked, _places(ids), METRICS)
 
 
 def _asks(first: str, second: str, flags: Sequence[str]) -> dict:
@@ -100,15 +101,19 @@ def wordings(first: str, second: str) -> tuple[str, str, str, str]:
 
 
 def _records(part: Part, category: str) -> list[dict]:
-    file = part.root / f"captions/cap.{category}.{part.split}.json"
+    file = _file(part, category)
     shape = {"candidate": str, "captions": [str]}
     if part.split != "test":
         shape["target"] = str
     records = published.read_json(file, [shape])
-    odd = [row for row, record in enumerate(records) if len(record["captions"]) != 2]
-    if odd:
-        raise ValueError(f"{file}: record {odd[0]} has no two captions, as the published file does")
-    return records
+    counts = [len(record["captions"]) for record in records]
+    odd = [f"[{row}] has {n} captions, expected 2" for row, n in enumerate(counts) if n != 2]
+    refuse(f"{file} has another form than the published file", odd, file)
+    return [record for record, n in zip(records, counts) if n == 2]
+
+
+def _file(part: Part, category: str) -> Path:
+    return part.root / f"captions/cap.{category}.{part.split}.json"
 
 
 def _places(ids):

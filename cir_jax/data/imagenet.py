@@ -13,6 +13,7 @@ from cir_jax import files
 from cir_jax.data import published
 from cir_jax.data.benchmark import Made
 from cir_jax.data.published import Pair
+from cir_jax.data.tables import refuse
 
 WORDS = 4  # a shorter caption has no attribute
 
@@ -26,12 +27,13 @@ def pairs(root: str, variant: str = "", split: str = "test") -> Made:
     file = part.root / "blip_pairs.json"
     shape = {"img_id": str, "subject": str, "attribute": str}
     records = published.read_json(file, [shape])
-    for name in (record["img_id"] for record in records):
-        if not re.fullmatch(r"\d{8}", name, re.ASCII):
-            raise ValueError(f"{file}: {name!r} is no id of ImageNet, expected eight digits")
+    odd = [r["img_id"] for r in records if not re.fullmatch(r"\d{8}", r["img_id"], re.ASCII)]
+    faults = [f"{name!r} is no id of ImageNet, expected eight digits" for name in odd]
+    refuse(f"{file} has another form than the published file", faults, file)
+    records = [record for record in records if record["img_id"] not in odd]
     places = {r["img_id"]: [f"test/ILSVRC2012_test_{r['img_id']}.JPEG"] for r in records}
     text = lambda record: f"{record['subject']} | {record['attribute']}".strip()
-    return published.pairs(part, [Pair((text(r),), r["img_id"]) for r in records], places)
+    return published.pairs(part, file, [Pair((text(r),), r["img_id"]) for r in records], places)
 
 
 def write_pairs(

@@ -35,7 +35,7 @@ def benchmark(root: str, variant: str = "", split: str = "test") -> Benchmark:
     if not asked:
         raise ValueError(f"{file} holds no dialogues")
     places = {name: [f"images/{name}.jpg"] for name in _ids(part)}
-    return published.benchmark(part, asked, places, METRICS)
+    return published.benchmark(part, file, asked, places, METRICS)
 
 
 def _ids(part) -> list[str]:
@@ -43,6 +43,4 @@ def _ids(part) -> list[str]:
     if not file.is_file():
         names = published.listing(part.root, "images")
         return sorted(name.removesuffix(".jpg") for name in names if name.endswith(".jpg"))
-    names = [line for line in published.read_lines(file) if line]
-    published.check_distinct(names, file)
-    return names
+    return published.distinct([line for line in published.read_lines(file) if line], file)

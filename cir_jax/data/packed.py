@@ -333,12 +333,16 @@ class Packed:
         if part.kind == "training":
             return rows[0]
         if part.kind == "gallery":
-            return Gallery(about["ids"], locator, rows[0].__getitem__)
+            return Gallery(about["ids"], locator, rows[0].__getitem__, self._files)
         about = {name: _tuples(value) for name, value in about.items()}
         about["positives"] = [{int(row): x for row, x in one.items()} for one in about["positives"]]
         about["name"] = self.place
-        gallery = Gallery(about["ids"], locator, rows[1].__getitem__)
+        gallery = Gallery(about["ids"], locator, rows[1].__getitem__, self._files)
         return Benchmark(**about, queries=rows[0], gallery=gallery)
+
+    @property
+    def _files(self) -> list[str]:
+        return [str(self.root / name) for name in (files.MANIFEST, *sorted(self.sums))]
 
     def training(self, name: str, variant: str, split: str) -> Dataset:
         """The training set of that name; ValueError if the folder holds another data set."""
@@ -346,8 +350,10 @@ class Packed:
             raise ValueError(f"{self.place} holds {self.name}, expected {name}; pack that too")
         return self.open(Part("training", variant, split))
 
-    def benchmark(self, variant: str, split: str) -> Benchmark:
-        """The benchmark of that name."""
+    def benchmark(self, variant: str, split: str, of: str = "") -> Benchmark:
+        """The benchmark of that name; ValueError if the folder does not hold the data set `of`."""
+        if of and of != self.name:
+            raise ValueError(f"{self.place} holds {self.name}, expected {of}; pack that too")
         return self.open(Part("benchmark", variant, split))
 
     def gallery(self, variant: str | None = None, split: str | None = None) -> Gallery:

@@ -9,7 +9,7 @@ import os
 import re
 import tarfile
 import textwrap
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -41,12 +41,14 @@ class Gallery:
     """Items by row, each `{"image", "id"}` and `"text"` where known.
 
     `image` is a path, the bytes of a file, or uint8 `[H, W, 3]`; nothing is decoded or checked
-    before it is used. `locator` is a JSON dictionary that `open_gallery` understands.
+    before it is used. `locator` is a JSON dictionary that `open_gallery` understands. `files` are the
+    paths of those that hold all rows; none where pictures are files of their own.
     """
 
     ids: Sequence[str]
     locator: Mapping[str, Any]
     read: Callable[[int], dict]
+    files: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -113,12 +115,12 @@ def _from_locator(locator):
     return opener(place)
 
 
-def _gallery(ids, locator, read):
+def _gallery(ids, locator, read, files=()):
     """A gallery whose ids can be told apart; they may hold any characters, as names of files do."""
     faults = [f"{name!r} occurs {n} times" for name, n in Counter(ids).items() if n > 1]
     faults += ["an empty id"] * ("" in ids)
     refuse(f"unusable ids in the gallery {locator}", faults)
-    return Gallery(ids, locator, read)
+    return Gallery(ids, locator, read, files)
 
 
 # ---- folders ----
@@ -174,14 +176,23 @@ def file_inside(root: Path, name: str) -> Path:
     return path
 
 
-def near(path: Path) -> str:
-    """What to say beside "there is no …" where a file has that name but for the case of its letters or its suffix."""
-    if not path.parent.is_dir():
-        return ""
-    names = sorted(os.listdir(path.parent))
-    stem = path.stem.lower()
-    found = [name for name in names if name.lower() == path.name.lower()]
-    found += [name for name in names if Path(name).stem.lower() == stem]
+def by_stem(folder: Path) -> dict[str, list[str]]:
+    """The names in a folder by their stems in small letters; none if there is no such folder."""
+    found = defaultdict(list)
+    for name in sorted(os.listdir(folder)) if folder.is_dir() else ():
+        found[Path(name).stem.lower()].append(name)
+    return found
+
+
+def near(path: Path, names_in: Callable[[Path], Mapping[str, Sequence[str]]] = by_stem) -> str:
+    """What to say beside "there is no …" where a file has that name but for the case of its letters or its suffix.
+
+    Args:
+      names_in: `by_stem`, or that with a memory, for many paths.
+    """
+    names = names_in(path.parent).get(path.stem.lower(), ())
+    others = [name for name in names if name != path.name]
+    found = [name for name in others if name.lower() == path.name.lower()] or others
     return f"; {found[0]} is there, rename it or correct the entry" if found else ""
 
 
@@ -282,7 +293,7 @@ def _shards(pattern):
     read = functools.partial(_read_members, [found[path][key] for path, key in keys])
     if not ids:
         raise FileNotFoundError(f"no pictures in {pattern} ({len(files)} shards); {UNDERSTOOD}")
-    return _gallery(ids, {"kind": "tar", "shards": pattern}, read)
+    return _gallery(ids, {"kind": "tar", "shards": pattern}, read, list(map(str, files)))
 
 
 def expand(pattern: Path) -> list[Path]:

@@ -128,9 +128,13 @@ def collects(faults: Sequence[str]) -> bool:
     return collecting is not None
 
 
-def refuse(title: str, faults: Sequence[str]) -> None:
-    """One ValueError that lists the first faults, if there are any; within `collected` none."""
-    if not collects(faults) and faults:
+def refuse(title: str, faults: Sequence[str], place: object = "") -> None:
+    """One ValueError that lists the first faults, if there are any; within `collected` none.
+
+    Args:
+      place: what a collected fault begins with, as a file; its title is lost.
+    """
+    if not collects([f"{place}: {fault}" if place else fault for fault in faults]) and faults:
         rest = len(faults) - SHOWN
         more = f"\n  and {rest} more" if rest > 0 else ""
         raise ValueError(f"{title}:\n  " + "\n  ".join(faults[:SHOWN]) + more)
