@@ -211,9 +211,7 @@ def _benchmark(part: Part, file: Path, pictures: Sequence[Captioned]) -> Benchma
     return published.benchmark(part, file, asked, places, METRICS)
 
 
-def _other_direction(
-    part: Part, file: Path, pictures: Sequence[Captioned], places
-) -> Benchmark:
+def _other_direction(part: Part, file: Path, pictures: Sequence[Captioned], places) -> Benchmark:
     """Pictures ask for their captions; both of a missing picture are left out."""
     paths = published.find(part.root, places)
     missing = Missing(part, places, paths)
