@@ -39,7 +39,7 @@ config = Experiment(
     # Eight neighbours of the gallery at a time: "astronaut" in every skin tone, of which only one is right.
     data=(
         Data("emoji-composed", variant="both-near", block=8, weight=2),
-        Data("emoji-text", block=8),
+        Data("emoji-text", variant="both", block=8),
     ),
     train=Train(
         steps=1600,

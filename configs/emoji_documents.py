@@ -37,7 +37,7 @@ config = Experiment(
         ),
     ),
     data=(
-        Data("emoji-text", weight=2),
+        Data("emoji-text", variant="both", weight=2),
         Data("emoji-documents", variant="both-unshared"),
         Data("emoji-documents", variant="both-masked-unshared"),
     ),

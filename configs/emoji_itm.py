@@ -36,7 +36,7 @@ config = Experiment(
             text=TextSpec(kind="wordpiece", vocab=str(WORDS), length=24),
         ),
     ),
-    data=(Data("emoji-text"),),
+    data=(Data("emoji-text", variant="both"),),
     train=Train(
         steps=900,
         batch_size=160,

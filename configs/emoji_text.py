@@ -27,7 +27,7 @@ config = Experiment(
             text=TextSpec(vocab=str(VOCABULARY), length=24),
         ),
     ),
-    data=(Data("emoji-text"), Data("emoji-composed", variant="both-strict-even")),
+    data=(Data("emoji-text", variant="both"), Data("emoji-composed", variant="both-strict-even")),
     train=Train(
         steps=1000,
         batch_size=224,

@@ -579,6 +579,7 @@ def pure_loss(module):
     return loss, nnx.to_pure_dict(state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BLIP_METHODS)
 def test_every_parameter_learns_and_the_loss_falls(name):
     loss, params = pure_loss(made(name))
@@ -619,6 +620,7 @@ def test_every_product_of_bfloat16_returns_float32(name):
         assert {*found} == {NARROW} | compared
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ("blip_rerank", "blip_itm"))
 def test_scores_of_lists_and_of_all_pairs_agree(name):
     model, batch = made(name), batch_for(name, rows=4)

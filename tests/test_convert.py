@@ -104,6 +104,7 @@ def test_every_layout_gives_the_golden_numbers(layout, tensors, tmp_path):
     assert image.crop_offset == ("floor" if layout == "hugging_face" else "round")
 
 
+@pytest.mark.slow
 def test_a_resnet_gives_the_golden_numbers(tmp_path):
     tensors = resnet()
     assert len(tensors) == 171
@@ -381,7 +382,7 @@ def test_wrong_arguments_are_explained(tensors, tmp_path):
     for arguments, message in (
         ([source], "expected SOURCE"),
         ([source, tmp_path / "b"], "--method says what to convert to; expected clip, bert"),
-        ([source, tmp_path / "b", "--method", "magiclens"], "found 'magiclens'"),
+        ([source, tmp_path / "b", "--method", "magic"], "found 'magic'"),
         ([source, "x", tmp_path / "b", "--method", "clip"], "part=SOURCE"),
         ([tmp_path / "none", tmp_path / "b", "--method", "clip"], "there is no file or folder"),
         ([source, tmp_path / "b", "--method", "bert"], "this is no BERT"),

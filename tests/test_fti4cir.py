@@ -375,6 +375,7 @@ def replaced(table, prompt, made):
     return words
 
 
+@pytest.mark.slow
 def test_one_pass_gives_tokens_and_feature():
     made = outputs()["made"]
     np.testing.assert_allclose(made.feature, outputs()["feature"], atol=1e-5)
@@ -431,6 +432,7 @@ def test_clip_is_what_does_not_train():
     assert set(own) == {"attributes", "subject_mapper", "attribute_mapper"}
 
 
+@pytest.mark.slow
 def test_loss_against_plain_loops():
     found = outputs()
     expected = numpy_loss(found["made"].feature, found["texts"], found["made"].chosen, tiny()[0])
@@ -467,6 +469,7 @@ def test_training_lowers_the_loss():
     assert values[-1] < 0.95 * values[0]
 
 
+@pytest.mark.slow
 def test_loss_of_four_devices_equals_one():
     _, graph, params = tiny()
     loss = jax.jit(lambda params, batch: nnx.merge(graph, params).loss(batch, None)[0])

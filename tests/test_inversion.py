@@ -317,6 +317,7 @@ def test_templates_are_those_of_the_original():
     assert TEMPLATES[20:22] == ("We see a {} illustration", "{} photo")
 
 
+@pytest.mark.slow
 def test_found_words_resemble_their_pictures():
     graph, params = tiny("searle")
     method = nnx.merge(graph, jax.tree.map(jnp.asarray, params))

@@ -63,6 +63,7 @@ def test_sizes_that_cannot_be(config, message):
         nnx.eval_shape(lambda: Clip(config, nnx.Rngs(0)))
 
 
+@pytest.mark.slow
 def test_batch_statistics_do_not_learn_and_do_not_decay():
     model, batch = made(tiny()), training_batch("clip")
     loss = lambda p: nnx.merge(model.graph, p).loss(batch, jax.random.key(0))[0]
@@ -77,6 +78,7 @@ def test_batch_statistics_do_not_learn_and_do_not_decay():
     assert decays["kernel"] and not decays["norm"]["mean"] and not decays["norm"]["variance"]
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_close_to_float32():
     model = made(tiny())
     config = dataclasses.replace(model.config, dtype="bfloat16")

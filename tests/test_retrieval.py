@@ -201,6 +201,7 @@ def test_everything_is_computed_once(name, scored):
     assert (np.isneginf(scores) == (rows < 0)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*RERANKERS, "clip"])
 def test_little_memory_gives_the_same_scores(name, scored, monkeypatch):
     rows, model = candidate_rows(), tiny(name)

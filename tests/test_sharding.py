@@ -30,6 +30,7 @@ def losses(config, mesh, steps=4):
 SLOW = pytest.mark.slow  # the others cover the same code, this one the rest of the table
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fsdp, tensor",
     [

@@ -99,6 +99,7 @@ def test_a_run_leaves_log_config_checkpoints_and_model(finished):
     assert about["metrics"]["emoji-text/noto/val/recall@10"] == about["score"]
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_bits(config, finished, tmp_path):
     workdir = tmp_path / "killed"
     process = start(config, workdir)
@@ -139,6 +140,7 @@ def test_best_model_is_kept_not_the_last(finished):
     assert scores[about["step"]] == pytest.approx(max(scores.values()), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_best_of_many_evaluations_is_kept(tiny_experiment, tmp_path, monkeypatch):
     from cir_jax import checkpoint, runs
     from cir_jax.train import Best, make_init
@@ -321,6 +323,7 @@ def re_ranking(tmp_path, monkeypatch):
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+@pytest.mark.slow
 def test_a_re_ranker_trains_and_keeps_its_best_model(re_ranking, tmp_path):
     prepare_workdir(re_ranking, tmp_path / "run")
     folder = train(re_ranking, tmp_path / "run")
@@ -404,6 +407,7 @@ def test_two_processes_train_like_one(config, finished, tmp_path):
         np.testing.assert_allclose(ours, theirs, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_batch_that_the_devices_cannot_hold_is_named(tiny_experiment, tmp_path, monkeypatch):
     def full(*arguments):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes.")

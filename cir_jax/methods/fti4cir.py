@@ -50,7 +50,7 @@ class Fti4cirConfig(ClipConfig):
     """CLIP, and what reads its patches; the defaults are the paper's on ViT-B/32.
 
     Of `attributes` learned queries the `kept` best serve the loss, and of these a prompt gets those whose share of
-    attention is above `threshold` (at least one). `mapper_hidden` is None for four times CLIP's width.
+    attention is above `threshold` (at least one; in bfloat16, one within rounding of it may come or go). `mapper_hidden` is None for four times CLIP's width.
     `regularisation` is the weight of the three losses against the caption in words.
     """
 
