@@ -19,6 +19,14 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_default_matmul_precision", "highest")
 
+QUICK = "not slow and not parity"  # the marks of the README's command, as pyproject.toml has them
+
+
+def pytest_configure(config):
+    # Compiling takes most of their time, and without optimising half as long; the slow ones compile as in use.
+    jax.config.update("jax_disable_most_optimizations", config.option.markexpr == QUICK)
+
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 NEEDS_SHARED = "needs ../shared"
 

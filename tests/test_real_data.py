@@ -158,7 +158,8 @@ def test_counts_of_cirr(split, counts, references, pairs, words, letters, shared
         assert len(rows) == 5 and reference not in rows
         assert (not right) if split == "test1" else (len(right) == 1 and set(right) <= set(rows))
     assert found.metrics[:4] == ("recall@1", "recall@5", "recall@10", "recall@50")
-    assert found.metrics[4:] == ("subset_recall@1", "subset_recall@2", "subset_recall@3")
+    assert found.metrics[4:7] == ("subset_recall@1", "subset_recall@2", "subset_recall@3")
+    assert found.metrics[7:] == ("mean(recall@5,subset_recall@1)",)
 
 
 def test_pictures_of_cirr(shared):

@@ -489,7 +489,7 @@ def test_a_re_ranker_does_not_retrieve(name):
 def test_models_that_do_not_read_the_query_are_refused_before_pictures_are_read():
     picture = query_of({"image"})
     with pytest.raises(ValueError, match="consists of text; this one has image"):
-        cir_jax.search(tiny("cfir"), index_of("cfir"), **picture)
+        cir_jax.search(tiny("maria"), index_of("maria"), **picture)
     blind = ExactIndex(index_of("clip").vectors)
     for options in ({"text": "a fox"}, {"document": DOCUMENT}):
         with pytest.raises(ValueError, match="consists of image and text; this one has text"):
