@@ -19,6 +19,13 @@ def library(name: str):
     return importlib.import_module(name)
 
 
+def photo() -> str:
+    """The file of a real photograph, Grace Hopper's, which comes with matplotlib."""
+    from matplotlib import cbook
+
+    return str(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))
+
+
 @functools.cache
 def _declared():
     import torch

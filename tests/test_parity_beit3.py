@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 from golden_convert import save
-from reference import library
-from test_parity_convert import compare, pictures, run, shaken
+from reference import library, photo
+from test_parity_convert import compare, pictures, run, shaken, there_and_back
 
 import cir_jax
 from cir_jax.data.text import TextSpec, tokenizer, train_sentencepiece
@@ -76,13 +76,16 @@ def test_beit3(size, tmp_path, capsys):
     assert len(tensors) == count
     source = save(tmp_path / "beit3.safetensors", tensors)
     del model, tensors
-    run(source, tmp_path / "ours", "--method", "cfir", "--tokenizer", vocabulary)
+    run(source, tmp_path / "model", "--method", "cfir", "--tokenizer", vocabulary)
     source.unlink()
 
-    ours = cir_jax.load(tmp_path / "ours")
+    ours = cir_jax.load(tmp_path / "model")
     method = lambda part: jax.jit(lambda p, x: getattr(nnx.merge(ours.graph, p), part)(x))
     found = {
         "image": np.asarray(method("item")(ours.params, {"image": pictures(224)})),
         "text": np.asarray(method("query")(ours.params, {"text": ids, "text_mask": mask})),
     }
     compare(found, theirs, capsys, f"torchscale, BEiT-3 {size}")
+    vectors = ours.encode("item", [{"image": photo()}]), ours.encode("query", TEXTS)
+    np.testing.assert_allclose([np.linalg.norm(x, axis=1)[0] for x in vectors], 1, atol=1e-5)
+    there_and_back(tmp_path, "cfir", ours.fingerprint, "--tokenizer", vocabulary)

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from reference import library
+from reference import library, photo
 from test_parity_convert import run, shaken
 from test_parity_maria import close
 
@@ -213,9 +213,6 @@ def checkpoint(path, key, tensors):
 
 
 def test_both_stages_at_full_size(tmp_path, capsys):
-    from matplotlib import cbook
-
-    photo = cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
     text = "w1 w20 w300 instead of w4000"
     words = vocabulary(tmp_path, BLIP_BASE)
     tensors = drawn(golden.stage1_shapes(VIT_B16_384, BLIP_BASE, 256), 0)
@@ -226,7 +223,7 @@ def test_both_stages_at_full_size(tmp_path, capsys):
     model = cir_jax.load(tmp_path / "stage1")
     assert float(model.params["temperature"]) == np.float32(0.1)
     vectors = model.encode(
-        "query", [{"image": photo, "text": text}, {"text": text}, {"image": photo}]
+        "query", [{"image": photo(), "text": text}, {"text": text}, {"image": photo()}]
     )
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
     del model
@@ -241,9 +238,11 @@ def test_both_stages_at_full_size(tmp_path, capsys):
     told = run(two, f"stage1={one}", tmp_path / "stage2", *said)
     assert "Candidate-Reranking, stage II: 1,038 tensors, 425,6" in told
     one.unlink(), two.unlink()
-    model, items = cir_jax.load(tmp_path / "stage2"), [photo, picture(0), picture(1)]
+    model, items = cir_jax.load(tmp_path / "stage2"), [photo(), picture(0), picture(1)]
     pictures = lambda rows: [{"image": items[row]} for row in rows]
-    scores = score_candidates(model, [{"image": photo, "text": text}], pictures, np.arange(3)[None])
+    scores = score_candidates(
+        model, [{"image": photo(), "text": text}], pictures, np.arange(3)[None]
+    )
     assert np.isfinite(scores).all() and np.ptp(scores) > 1e-4
     del model
     comes_back(tmp_path, "stage2", "blip_rerank", told, words, 722 + 316)

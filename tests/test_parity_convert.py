@@ -30,6 +30,17 @@ def run(*arguments):
     return done.stdout.decode()
 
 
+def there_and_back(folder, method, fingerprint, *options):
+    """`model` in a folder, exported and converted again, is the same, and its export the same bytes."""
+    run("--export", "original", folder / "model", folder / "export.safetensors")
+    assert fingerprint in run(
+        folder / "export.safetensors", folder / "again", "--method", method, *options
+    )
+    run("--export", "original", folder / "again", folder / "second.safetensors")
+    first, second = (folder / f"{each}.safetensors" for each in ("export", "second"))
+    assert first.read_bytes() == second.read_bytes()
+
+
 def libraries():
     return library("transformers"), library("open_clip")
 

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import test_fti4cir
 from flax import nnx, serialization, traverse_util
+from reference import photo
 from test_convert_inversion import drawn, magiclens_shapes
-from test_parity_convert import open_clip_model, run, shaken, small
+from test_parity_convert import open_clip_model, run, shaken, small, there_and_back
 
 import cir_jax
 from cir_jax import optim
@@ -583,25 +584,3 @@ def test_magiclens_of_published_size(tmp_path):
     )
     assert vectors.shape == (2, 512) and np.abs(vectors[0] - vectors[1]).max() > 1e-6
     there_and_back(tmp_path, "magiclens", model.fingerprint)
-
-
-def photo():
-    """A picture of the built-in data, wider than high."""
-    from PIL import Image
-
-    from cir_jax.config import Data
-    from cir_jax.data import training_set
-    from cir_jax.data.images import open_image
-
-    picture = open_image(training_set(Data("emoji-text", variant="noto"))[0]["item"]["image"])
-    wide = Image.new("RGB", (500, 333), "white")
-    wide.paste(picture.convert("RGB").resize((300, 300)), (60, 10))
-    return wide
-
-
-def there_and_back(folder, name, fingerprint):
-    run("--export", "original", folder / "model", folder / "export.safetensors")
-    assert fingerprint in run(folder / "export.safetensors", folder / "again", "--method", name)
-    run("--export", "original", folder / "again", folder / "second.safetensors")
-    first, second = (folder / f"{each}.safetensors" for each in ("export", "second"))
-    assert first.read_bytes() == second.read_bytes()

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from flax import nnx
 from golden_convert import save
-from reference import library
-from test_parity_convert import run, shaken
+from reference import library, photo
+from test_parity_convert import run, shaken, there_and_back
 
 import cir_jax
 
@@ -116,3 +116,7 @@ def test_a_whole_model_equals_its_parts_in_pytorch(token, towers, tmp_path):
         close(vectors[0][asking][: len(TEXTS[0].split())], words[0, 1:5])
     else:
         close(vectors, words[:, 0])
+    np.testing.assert_allclose(
+        np.linalg.norm(model.encode("item", [{"image": photo()}]), axis=1), 1, atol=1e-5
+    )
+    there_and_back(tmp_path, "maria", model.fingerprint, "--tokenizer", vocabulary)
