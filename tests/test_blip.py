@@ -121,7 +121,7 @@ POSITIONS = (
 )
 
 
-@pytest.fixture(params=["float64", "float32"])
+@pytest.fixture(params=["float64", pytest.param("float32", marks=pytest.mark.slow)])
 def precision(request):
     """The computing type; in float64 everything runs in JAX's x64 mode."""
     with jax.enable_x64(request.param == "float64"):

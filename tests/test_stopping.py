@@ -230,7 +230,8 @@ def test_a_second_signal_ends_a_command_that_does_not_end(tmp_path):
     assert done.returncode == -signal.SIGTERM
 
 
-@pytest.mark.parametrize("room", [pytest.param(5_000, marks=pytest.mark.slow), 300_000])
+@pytest.mark.slow
+@pytest.mark.parametrize("room", [5_000, 300_000])
 def test_training_on_a_full_disk_ends_in_one_line_and_goes_on_when_there_is_room(room, tmp_path):
     (tmp_path / "tiny.py").write_text(TRAIN)
     workdir, command = tmp_path / "run", ("cir_jax.train", tmp_path / "tiny.py", "--workdir")
