@@ -18,6 +18,7 @@ class _Stops:
 
     def __init__(self):
         self.held, self.pending, self.asked = 0, None, None
+        self.raised = None
 
     def __call__(self, number, frame):
         for each in self.NUMBERS:
@@ -28,14 +29,23 @@ class _Stops:
     def raise_pending(self, *_):
         if not self.pending or self.held:
             return
+        self.look_again()
         if importing():
-            self.look_again()
             return
-        pending, self.pending = self.pending, None
-        raise pending
+        self.raised, self.pending = self.pending, None
+        raise self.raised
+
+    def tick(self, *_):
+        """Raise what waits for an import; and again what a library has caught and dropped."""
+        if self.raised and not self.pending:
+            if answered():
+                self.look_again()
+                return
+            self.pending = self.raised
+        self.raise_pending()
 
     def look_again(self):
-        signal.signal(signal.SIGALRM, self.raise_pending)
+        signal.signal(signal.SIGALRM, self.tick)
         signal.setitimer(signal.ITIMER_REAL, AGAIN)
 
     def unraisable(self, lost):
@@ -57,19 +67,35 @@ def asked() -> type[KeyboardInterrupt] | None:
 
 def importing() -> bool:
     """Whether a module is being imported: libraries crash when that is broken up."""
-    specs = [getattr(module, "__spec__", None) for module in list(sys.modules.values())]
-    return any(getattr(spec, "_initializing", False) for spec in specs)
+    return any(getattr(_spec(module), "_initializing", False) for module in [*sys.modules.values()])
+
+
+def _spec(module):
+    """The spec of a module; without its own lookup, which of lazy ones would begin to load them."""
+    try:
+        return object.__getattribute__(module, "__dict__").get("__spec__")
+    except AttributeError:  # whatever else a library has put there
+        return None
+
+
+def answered() -> bool:
+    """Whether a stop is on its way: the interrupted code unwinds because of it."""
+    error = sys.exception()
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
 
 
 @contextlib.contextmanager
 def stoppable():
     """A block that the first SIGINT or SIGTERM unwinds, as Ctrl-C does, so that temporary files are removed."""
-    _stops.asked = None
+    _stops.asked = _stops.raised = None
     before = [signal.signal(number, _stops) for number in _Stops.NUMBERS]
     hook, sys.unraisablehook = sys.unraisablehook, _stops.unraisable
     try:
         yield
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         sys.unraisablehook = hook
         for number, handler in zip(_Stops.NUMBERS, before):
             signal.signal(number, handler)

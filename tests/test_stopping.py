@@ -302,3 +302,31 @@ def test_a_stop_waits_until_a_checkpoint_is_read():
     assert done.stdout.split() == [b"read"], done.stderr.decode()
     assert done.returncode == 130
     assert done.stderr.decode().splitlines() == ["interrupted; finished parts are kept"]
+
+
+SWALLOWED = """
+import os, signal, sys, time, types
+from cir_jax.commands import start
+
+def main():
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+    except BaseException:
+        pass  # as a library may
+    try:
+        time.sleep(60)
+    finally:
+        time.sleep(0.3)  # longer than until the next look
+        print("removed", flush=True)
+
+sys.modules["cir_jax.embed"] = types.SimpleNamespace(main=main)
+start("embed")
+"""
+
+
+def test_a_stop_that_a_library_swallows_comes_again_and_breaks_no_cleaning_up():
+    done = subprocess.run([sys.executable, "-c", SWALLOWED], capture_output=True, timeout=30)
+    assert done.stdout.split() == [b"removed"], done.stderr.decode()
+    assert done.returncode == 130
+    assert done.stderr.decode().splitlines() == ["interrupted; finished parts are kept"]
