@@ -59,8 +59,7 @@ def _nothing(part: str, config) -> dict[str, Any]:
 
 def composed(benchmark: Benchmark) -> bool:
     """Whether its queries have a picture and a text."""
-    first = benchmark.queries[0] if len(benchmark.queries) else {}
-    return all(first.get(part) is not None for part in PARTS)
+    return all(benchmark.queries[0].get(part) is not None for part in PARTS)
 
 
 def with_parts(runs: Sequence[Run], opened) -> tuple[Run, ...]:

@@ -187,7 +187,6 @@ def _write_lists(output: Path, run: Run, row, arrays, benchmark) -> None:
     """The files that the benchmark's server takes, named in `row["files"]`; why there is none, where it would refuse."""
     stem = row["ranks"].removesuffix(".npz")
     hits, members = arrays["rows"], arrays.get("members")
-    tag = "-".join(f"{Path(c['name']).name}-{c['fingerprint']}" for c in row["checkpoints"])
     if run.lists and row["stage"] == 1:
         some = (
             hits[:, :LISTED],
@@ -196,7 +195,9 @@ def _write_lists(output: Path, run: Run, row, arrays, benchmark) -> None:
         )
         write_candidates(output / f"{stem}.candidates.npz", found_candidates(benchmark, *some))
         row["candidates"] = f"{stem}.candidates.npz"
-    for word, lists in submissions.of_hits(benchmark, hits, members, run.lists, tag).items():
+    for word, lists in submissions.of_hits(
+        benchmark, hits, members, run.lists, "-".join(_models(row))
+    ).items():
         name = f"{stem}.{word}.{'txt' if lists.kind == 'trec' else 'json'}"
         try:
             submissions.write(output / name, lists)
@@ -211,10 +212,15 @@ def _key(run: Run, work: Workspace) -> list:
     return [to_json(run), *origin(run, work)]
 
 
+def _models(row) -> list[str]:
+    """The models of a row, or its candidates' file, as parts of a name."""
+    return [f"{Path(c['name']).name}-{c['fingerprint']}" for c in row["checkpoints"]]
+
+
 def _file_name(row) -> str:
     """What distinguishes one stage of one run, as a file name."""
-    models = [f"{Path(c['name']).name}-{c['fingerprint']}" for c in row["checkpoints"]]
-    names = [_plain(row["benchmark"]), row["variant"], row["split"], *models, row["index_asked"]]
+    names = [_plain(row["benchmark"]), row["variant"], row["split"]]
+    names += [*_models(row), row["index_asked"]]
     if row["stage"] == 2:
         names.append(f"k{row['k']}")
         names += [] if row["fusion"] is None else [f"fusion{row['fusion']:g}"]
@@ -294,6 +300,7 @@ def _folder(arguments: Arguments) -> Path:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Evaluate, check or compare, as the command line says, and print what came of it."""
     arguments = tyro.cli(Arguments, args=argv, prog="python -m cir_jax.eval")
     if arguments.check:
         from cir_jax.checking import check_files

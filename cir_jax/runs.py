@@ -470,17 +470,15 @@ def check_run(run: Run, work: Workspace) -> None:
             f"{run.benchmark} asks with no picture and text together, so it cannot ask with the {run.asks} alone"
         )
     for stage, name in enumerate((run.retriever, run.reranker), 1):
-        if not name or not len(benchmark.queries):
+        if not name:
             continue
         asked = as_query(benchmark.queries[0], stage, run.documents)
         several = ("texts", "wordings")
         parts = {"text" if part in several else part: value for part, value in asked.items()}
         kinds = METHODS[method_name(work.model(name).config)][1].query_kinds
         as_example("query", parts, kinds, name)
-        if len(benchmark.gallery):
-            as_example(
-                "item", benchmark.gallery[0], item_kinds(work.model(name).config, "item"), name
-            )
+        items = item_kinds(work.model(name).config, "item")
+        as_example("item", benchmark.gallery[0], items, name)
 
 
 def origin(run: Run, work: Workspace) -> list:

@@ -4,7 +4,7 @@ import contextlib
 import signal
 import sys
 
-AGAIN = 0.05  # seconds until a signal that met an import is looked at again
+AGAIN = 0.05  # seconds until a stop is looked at again
 
 
 class Terminated(KeyboardInterrupt):
@@ -17,43 +17,29 @@ class _Stops:
     NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self):
-        self.held, self.pending, self.asked = 0, None, None
-        self.raised = None
+        self.running, self.held, self.asked = False, 0, None
 
     def __call__(self, number, frame):
         for each in self.NUMBERS:
             signal.signal(each, signal.SIG_DFL)
-        self.asked = self.pending = Terminated if number == signal.SIGTERM else KeyboardInterrupt
-        self.raise_pending()
+        self.asked = Terminated if number == signal.SIGTERM else KeyboardInterrupt
+        self.look()
 
-    def raise_pending(self, *_):
-        if not self.pending or self.held:
+    def look(self, *_):
+        """Raise what was asked for, unless it has to wait or is on its way; and look again until the command has ended.
+
+        A library may catch a stop and drop it, and so does Python itself in finalizers and callbacks of the collector.
+        """
+        if not (self.running and self.asked):
             return
-        self.look_again()
-        if importing():
-            return
-        self.raised, self.pending = self.pending, None
-        raise self.raised
-
-    def tick(self, *_):
-        """Raise what waits for an import; and again what a library has caught and dropped."""
-        if self.raised and not self.pending:
-            if answered():
-                self.look_again()
-                return
-            self.pending = self.raised
-        self.raise_pending()
-
-    def look_again(self):
-        signal.signal(signal.SIGALRM, self.tick)
+        signal.signal(signal.SIGALRM, self.look)
         signal.setitimer(signal.ITIMER_REAL, AGAIN)
+        if not (self.held or importing() or answered()):
+            raise self.asked
 
     def unraisable(self, lost):
-        """A stop that Python has dropped, because a finalizer or a callback of the collector was running, comes again."""
-        if lost.exc_type is not None and issubclass(lost.exc_type, KeyboardInterrupt):
-            self.pending = lost.exc_type
-            self.look_again()
-        else:
+        """Nothing is said of a stop that Python has dropped: it comes again."""
+        if lost.exc_type is None or not issubclass(lost.exc_type, KeyboardInterrupt):
             sys.__unraisablehook__(lost)
 
 
@@ -89,12 +75,13 @@ def answered() -> bool:
 @contextlib.contextmanager
 def stoppable():
     """A block that the first SIGINT or SIGTERM unwinds, as Ctrl-C does, so that temporary files are removed."""
-    _stops.asked = _stops.raised = None
+    _stops.running, _stops.asked = True, None
     before = [signal.signal(number, _stops) for number in _Stops.NUMBERS]
     hook, sys.unraisablehook = sys.unraisablehook, _stops.unraisable
     try:
         yield
     finally:
+        _stops.running = False
         signal.setitimer(signal.ITIMER_REAL, 0)
         sys.unraisablehook = hook
         for number, handler in zip(_Stops.NUMBERS, before):
@@ -109,4 +96,4 @@ def unstopped():
         yield
     finally:
         _stops.held -= 1
-    _stops.raise_pending()
+    _stops.look()

@@ -14,6 +14,7 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["CIR_JAX_TEST_CACHE"]
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 import jax
+import numpy as np
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 4)
@@ -61,6 +62,16 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(NEEDS_SHARED)
     return SHARED
+
+
+@pytest.fixture(params=["float64", "float32"])
+def precision(request):
+    """(dtype, tolerance): 1e-6 of the printed digits in x64 mode, the design's 1e-5 in float32."""
+    if request.param == "float32":
+        yield np.float32, 1e-5
+        return
+    with jax.enable_x64(True):
+        yield np.float64, 1e-6
 
 
 @pytest.fixture

@@ -132,16 +132,6 @@ def itemed(model, item):
     return model.item(item)
 
 
-@pytest.fixture(params=["float64", "float32"])
-def precision(request):
-    """(dtype, tolerance): 1e-6 of the printed digits in x64 mode, the design's 1e-5 in float32."""
-    if request.param == "float32":
-        yield np.float32, 1e-5
-        return
-    with jax.enable_x64(True):
-        yield np.float64, 1e-6
-
-
 def check(found, expected, tolerance):
     expected = np.asarray(expected)
     found = np.asarray(found)[..., : expected.shape[-1]] if expected.ndim else found

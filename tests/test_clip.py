@@ -56,16 +56,6 @@ def texts(padding=0):
     return rows
 
 
-@pytest.fixture(params=["float64", "float32"])
-def precision(request):
-    """(dtype, tolerance): 1e-6 of the printed digits in x64 mode, the design's 1e-5 in float32."""
-    if request.param == "float32":
-        yield np.float32, 1e-5
-        return
-    with jax.enable_x64(True):
-        yield np.float64, 1e-6
-
-
 def check(features, golden, tolerance):
     for row, (norm, total, first) in golden.items():
         np.testing.assert_allclose(np.linalg.norm(features[row]), norm, atol=tolerance)

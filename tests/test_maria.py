@@ -88,16 +88,6 @@ def tokens():
     return unit_rows(texts), formula(1.2), np.arange(4) < lengths[:, None]
 
 
-@pytest.fixture(params=["float64", "float32"])
-def precision(request):
-    """(dtype, tolerance): 1e-6 of the printed digits in x64 mode, the design's 1e-5 in float32."""
-    if request.param == "float32":
-        yield np.float32, 1e-5
-        return
-    with jax.enable_x64(True):
-        yield np.float64, 1e-6
-
-
 def check(found, expected, tolerance):
     scale = max(1, np.abs(expected).max()) if tolerance == 1e-5 else 1
     np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * scale)

@@ -253,10 +253,10 @@ def _builder(table: str):
             return tfds.core.DatasetInfo(builder=self, features=described, disable_shuffling=True)
 
         def _split_generators(self, downloads):
-            return dict(self.generated)
+            return {split: self._generate_examples(split) for split in self.generated}
 
-        def _generate_examples(self):
-            raise NotImplementedError("the builder is given its splits")
+        def _generate_examples(self, split):
+            return self.generated[split]
 
     return Builder
 

@@ -39,7 +39,7 @@ from cir_jax.encoders.pseudo_words import (
     vocabulary,
 )
 from cir_jax.methods.clip import Clip, ClipConfig
-from cir_jax.methods.inversion import Size, composed, needed
+from cir_jax.methods.inversion import Size, check_whole, composed, needed
 
 # Between the subject and the attributes of a caption: "a brown dog | laying on the grass".
 SEPARATOR = "|"
@@ -282,7 +282,4 @@ def check(config: Fti4cirConfig) -> None:
         raise ValueError(
             f"kept is {config.kept} of {config.attributes} attributes; expected 1 to {config.attributes}"
         )
-    if config.patches_kept != 1:
-        raise ValueError(
-            f"patches_kept is {config.patches_kept}; fti4cir reads whole pictures, set it to 1"
-        )
+    check_whole(config, "fti4cir")

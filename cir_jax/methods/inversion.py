@@ -127,6 +127,14 @@ def tiny_clip(inputs: Inputs) -> dict:
     }
 
 
+def check_whole(config: ClipConfig, method: str) -> None:
+    """Refuse a config of CLIP that leaves out patches, for a method that cannot."""
+    if config.patches_kept != 1:
+        raise ValueError(
+            f"patches_kept is {config.patches_kept}; {method} reads whole pictures, set it to 1"
+        )
+
+
 class Inversion(nnx.Module):
     """Retriever: a query of a picture, or of a picture and a text about its change, against pictures.
 
@@ -137,10 +145,7 @@ class Inversion(nnx.Module):
     special_rows = 0
 
     def __init__(self, config: Pic2WordConfig | SearleConfig | LinCirConfig, rngs: nnx.Rngs):
-        if config.patches_kept != 1:
-            raise ValueError(
-                f"patches_kept is {config.patches_kept}; textual inversion reads whole pictures, set it to 1"
-            )
+        check_whole(config, "textual inversion")
         self.clip = Clip(config, rngs)
         self.mapper = Mapper(
             config.embed,

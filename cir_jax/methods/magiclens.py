@@ -19,7 +19,7 @@ from cir_jax.encoders.clip import OPENAI_VITS
 from cir_jax.encoders.layers import Linear, Mlp, normal, product, run, stack
 from cir_jax.encoders.pseudo_words import joined, vocabulary
 from cir_jax.methods.clip import Clip, ClipConfig
-from cir_jax.methods.inversion import composed
+from cir_jax.methods.inversion import check_whole, composed
 
 # Of the logits in every attention.
 CAP = 50.0
@@ -139,10 +139,7 @@ class MagicLens(nnx.Module):
     special_rows = 0
 
     def __init__(self, config: MagicLensConfig, rngs: nnx.Rngs):
-        if config.patches_kept != 1:
-            raise ValueError(
-                f"patches_kept is {config.patches_kept}; magiclens reads whole pictures, set it to 1"
-            )
+        check_whole(config, "magiclens")
         self.clip = Clip(config, rngs)
         self.fusion = Fusion(
             config.embed,
