@@ -88,7 +88,7 @@ class Experiment(Generic[MethodConfig]):
     `evals` are benchmarks as in `Run`; the checkpoint with the best mean of `best` over them is kept.
     A re-ranker is measured on the 50 best candidates of the model `retriever`. `init` maps a parameter prefix to the
     checkpoint it starts from, the prefix "" being the whole model, or the path of one parameter to an `.npy` or
-    `.npz` file (`cir_jax.warm_start`).
+    `.npz` file (`cir_jax.training.warm_start`).
     """
 
     method: MethodConfig
@@ -110,12 +110,12 @@ class Run:
     folder `root`, or a folder with queries and a gallery (`cir_jax.data.own`).
     `fusion` is the weight of stage 1's score in the second stage's order (`cir_jax.retrieval.rerank`); `documents` says
     where the entities and summaries of documents come from. With `asks`, queries of a picture and a text ask with one
-    of them alone (`cir_jax.audit`), which with CLIP are the baselines that papers print: text only, picture only, and
+    of them alone (`cir_jax.evaluation.audit`), which with CLIP are the baselines that papers print: text only, picture only, and
     with "all" the sum of both unit vectors.
-    In the place of a retriever, `candidates` is a file of lists that a first stage found (`cir_jax.candidates`): ours, or
+    In the place of a retriever, `candidates` is a file of lists that a first stage found (`cir_jax.evaluation.candidates`): ours, or
     the `.pt` of Candidate-Reranking; `{variant}` in its name stands for FashionIQ's category. `restricted` ends the second stage's lists after the k candidates, as the numbers of
     Candidate-Reranking and CFIR do; without it the rest of the first stage's follows. `lists` writes large files too:
-    candidates, FashionIQ's predictions, TREC runs (`cir_jax.submissions`).
+    candidates, FashionIQ's predictions, TREC runs (`cir_jax.evaluation.submissions`).
     """
 
     benchmark: str

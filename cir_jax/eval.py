@@ -16,14 +16,15 @@ from typing import Any
 import numpy as np
 import tyro
 
-from cir_jax import files, submissions
-from cir_jax.audit import audits, print_audits, with_parts
-from cir_jax.candidates import found_candidates, write_candidates
+from cir_jax import files
 from cir_jax.commands import Limited
 from cir_jax.compilation import keep_compiled
 from cir_jax.config import Evaluation, Run, load_config
+from cir_jax.evaluation import submissions
+from cir_jax.evaluation.audit import audits, print_audits, with_parts
+from cir_jax.evaluation.candidates import found_candidates, write_candidates
+from cir_jax.evaluation.runs import LISTED, check_run, evaluate_run, origin, pooled
 from cir_jax.progress import printable
-from cir_jax.runs import LISTED, check_run, evaluate_run, origin, pooled
 from cir_jax.typed import to_json
 from cir_jax.workspace import Workspace, digest
 
@@ -132,7 +133,7 @@ def evaluate(
     """Carry out every run; write `results.json`, `report.html` and one `.npz` per stage; return the rows.
 
     What is computed is kept in `output/parts` until all is written: after an interruption the same call goes on there.
-    With `audit`, composed benchmarks are asked with each part of their queries alone too (`cir_jax.audit`).
+    With `audit`, composed benchmarks are asked with each part of their queries alone too (`cir_jax.evaluation.audit`).
 
     Raises:
       BlockingIOError: another process evaluates into `output`.
@@ -157,8 +158,8 @@ def evaluate(
 
 
 def _evaluate(evaluation: Evaluation, output: Path, work: Workspace) -> list[dict[str, Any]]:
-    from cir_jax.eval_report import evaluation_page
     from cir_jax.progress import progress
+    from cir_jax.report.evaluation import evaluation_page
 
     results = []
     with progress("evaluating", len(evaluation.runs)) as advance:
@@ -303,11 +304,11 @@ def main(argv: list[str] | None = None) -> None:
     """Evaluate, check or compare, as the command line says, and print what came of it."""
     arguments = tyro.cli(Arguments, args=argv, prog="python -m cir_jax.eval")
     if arguments.check:
-        from cir_jax.checking import check_files
+        from cir_jax.evaluation.checking import check_files
 
         return check_files(arguments.check, arguments.labels)
     if arguments.compare:
-        from cir_jax.compare import compare
+        from cir_jax.evaluation.compare import compare
 
         return compare(*arguments.compare, arguments.output or Path("results") / "comparison")
     evaluation = load_config(arguments.config, Evaluation)

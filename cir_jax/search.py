@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
     for each in filter(None, (model, reranker)):
         print(f"model {printable(each.identity)}", file=sys.stderr)
     if arguments.html:
-        from cir_jax.report import search_page
+        from cir_jax.report.page import search_page
 
         text = document if arguments.text is None else arguments.text
         search_page(arguments.html, results, index, text=text, image=arguments.image)

@@ -115,7 +115,7 @@ class Workspace:
 
     def candidates(self, path: str):
         """The `candidates.Candidates` in a file."""
-        from cir_jax.candidates import read_candidates
+        from cir_jax.evaluation.candidates import read_candidates
 
         return self.once("given", path, lambda: read_candidates(path))
 

@@ -21,7 +21,7 @@ SERVER = """
 import json, os, sys, warnings
 warnings.simplefilter("ignore")
 import jax, flax.nnx, orbax.checkpoint, optax, grain, PIL.Image, tokenizers, tyro, rich.table, rich.console
-import cir_jax.commands, cir_jax.retrieval, cir_jax.report, cir_jax.eval_report, cir_jax.train
+import cir_jax.commands, cir_jax.retrieval, cir_jax.report.page, cir_jax.report.evaluation, cir_jax.train
 import cir_jax.embed, cir_jax.eval, cir_jax.index, cir_jax.search
 for line in sys.stdin:
     asked = json.loads(line)

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from test_methods import INPUTS
 
-from cir_jax import audit
-from cir_jax.audit import Alone, audits, composed, with_parts
 from cir_jax.config import Run
 from cir_jax.data.benchmark import Benchmark
+from cir_jax.evaluation import audit
+from cir_jax.evaluation.audit import Alone, audits, composed, with_parts
 from cir_jax.methods import METHODS, method_name
 
 PICTURE = np.zeros((4, 4, 3), np.uint8)

@@ -11,7 +11,6 @@ import pytest
 from flax import nnx, traverse_util
 
 import cir_jax
-from cir_jax import optim
 from cir_jax.checkpoint import abstract_params
 from cir_jax.conversion import beit3 as table
 from cir_jax.conversion import rules
@@ -30,6 +29,7 @@ from cir_jax.encoders.beit3 import (
     resize_positions,
 )
 from cir_jax.methods.cfir import FROZEN, Cfir, CfirConfig, resized
+from cir_jax.training import optim
 from cir_jax.typed import from_json, to_json
 
 BOTH = ("image", "text")

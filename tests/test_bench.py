@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from cir_jax import bench, bench_encode, bench_peers
+from cir_jax.bench import __main__ as bench
+from cir_jax.bench import encode, peers
 from cir_jax.commands import start
 from cir_jax.encoders import clip
 
@@ -27,13 +28,13 @@ PARAMETERS = {
 
 def count(family):
     shapes = nnx.eval_shape(
-        lambda: bench_encode.FAMILIES[family].build(dtype="float32", remat=False, rngs=nnx.Rngs(0))
+        lambda: encode.FAMILIES[family].build(dtype="float32", remat=False, rngs=nnx.Rngs(0))
     )
     return sum(x.size for x in jax.tree.leaves(nnx.state(shapes)))
 
 
 def test_every_family_is_measured_in_its_published_size():
-    assert set(bench.FAMILIES) == set(bench_encode.FAMILIES)
+    assert set(bench.FAMILIES) == set(encode.FAMILIES)
     assert {family: count(family) for family in bench.FAMILIES} == PARAMETERS
 
 
@@ -46,14 +47,14 @@ def small(monkeypatch):
         activation="gelu",
         epsilon=1e-5,
     )
-    kind = dataclasses.replace(bench_encode.FAMILIES["clip-text"], build=tower, tokens=6, words=48)
-    monkeypatch.setitem(bench_encode.FAMILIES, "clip-text", kind)
+    kind = dataclasses.replace(encode.FAMILIES["clip-text"], build=tower, tokens=6, words=48)
+    monkeypatch.setitem(encode.FAMILIES, "clip-text", kind)
 
 
 def test_a_training_step_moves_every_parameter_down(small):
-    batch = bench_encode.examples("clip-text", 4)
+    batch = encode.examples("clip-text", 4)
     assert (batch["text"].argmax(axis=1) == 5).all() and batch["text"].max() == 49
-    ours = bench_encode.Ours("clip-text", batch, "float32", remat=False, rate=0.1)
+    ours = encode.Ours("clip-text", batch, "float32", remat=False, rate=0.1)
     before = jax.device_get(ours.params)
     loss = lambda: float((np.asarray(ours._forward(ours.params, ours.batch)) ** 2).mean())
     first = loss()
@@ -73,13 +74,13 @@ def test_counts_begin_at_one():
 
 def test_sides_take_turns_and_the_first_turn_does_not_count():
     order = []
-    seconds = bench_encode._taking_turns([lambda: order.append("a"), lambda: order.append("b")], 3)
+    seconds = encode._taking_turns([lambda: order.append("a"), lambda: order.append("b")], 3)
     assert "".join(order) == "ab" * 4
     assert [len(each) for each in seconds] == [3, 3] and min(map(min, seconds)) >= 0
 
 
 def test_the_table_marks_what_misses_its_goal(capsys):
-    line = bench_encode.Result("bert", "forward", "float32", 8, 4.0, 5.0, 0.8, 0.85, 900.0, 800.0)
+    line = encode.Result("bert", "forward", "float32", 8, 4.0, 5.0, 0.8, 0.85, 900.0, 800.0)
     bench.print_table(
         [line, dataclasses.replace(line, ratio=0.9), dataclasses.replace(line, goal=None)]
     )
@@ -100,7 +101,7 @@ def test_mistakes_end_in_one_clear_line(arguments, expected, monkeypatch, capsys
     def missing():
         raise ModuleNotFoundError("No module named 'torch'")
 
-    monkeypatch.setattr(bench_peers, "_torchvision", missing)
+    monkeypatch.setattr(peers, "_torchvision", missing)
     filled = [each.format(folder=tmp_path) for each in arguments]
     monkeypatch.setattr(sys, "argv", ["bench", *filled])
     with pytest.raises(SystemExit) as stop:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cir_jax.bench_load import Load, _readers, draw, write_pictures
+from cir_jax.bench.load import Load, _readers, draw, write_pictures
 from cir_jax.data.images import jpeg, open_image
 
 

@@ -6,8 +6,8 @@ import time
 import numpy as np
 import pytest
 
-from cir_jax import metrics, runs
 from cir_jax.data.benchmark import Benchmark
+from cir_jax.evaluation import metrics, runs
 from cir_jax.index import ExactIndex
 from cir_jax.retrieval import ranks_beyond, retrieve
 

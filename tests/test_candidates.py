@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from torch_writer import Writer
 
-from cir_jax.candidates import Candidates, read_candidates, write_candidates
 from cir_jax.conversion.sources import open_source
+from cir_jax.evaluation.candidates import Candidates, read_candidates, write_candidates
 
 GALLERY = np.array(["B1", "B2", "B3", "B4"])
 NAMES = np.array([["B1", "B2"], ["B3", "B4"], ["B4", "B1"]])
@@ -138,6 +138,6 @@ def test_files_that_are_cut_or_unpack_to_too_much(tmp_path, monkeypatch):
     with zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("names.npy", bytes(1 << 20))
     path.write_bytes(made.getvalue())
-    monkeypatch.setattr("cir_jax.candidates.MOST_BYTES", 1 << 19)
+    monkeypatch.setattr("cir_jax.evaluation.candidates.MOST_BYTES", 1 << 19)
     with pytest.raises(ValueError, match="it unpacks to"):
         read_candidates(path)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from test_report import AFTER, BEFORE, Tree, both, entry, hits, made_benchmark
 
-from cir_jax import compare, metrics
-from cir_jax.compare import compared, difference, differences
-from cir_jax.compare_report import comparison_page
+from cir_jax.evaluation import compare, metrics
+from cir_jax.evaluation.compare import compared, difference, differences
+from cir_jax.report.comparison import comparison_page
 
 
 def stored(folder, results, **more):

@@ -8,7 +8,7 @@ import sys
 import jax
 import pytest
 
-from cir_jax import optim, sharding
+from cir_jax import sharding
 from cir_jax.config import Evaluation, Experiment, find_config, load_config, packaged_configs
 from cir_jax.data import named_benchmark
 from cir_jax.data.inputs import Inputs
@@ -16,7 +16,8 @@ from cir_jax.data.text import tokenizer
 from cir_jax.methods import method_name
 from cir_jax.methods.clip import ClipConfig
 from cir_jax.model import find_model
-from cir_jax.train import make_init
+from cir_jax.training import optim
+from cir_jax.training.step import make_init
 from cir_jax.typed import from_json, to_json
 
 

@@ -34,8 +34,8 @@ from cir_jax.data.images import ImageSpec, prepare
 from cir_jax.data.published import Asked
 from cir_jax.data.records import Gallery, open_gallery
 from cir_jax.eval import check_run, evaluate
+from cir_jax.evaluation.metrics import random_level
 from cir_jax.methods.clip import ClipConfig
-from cir_jax.metrics import random_level
 from cir_jax.model import Model
 from cir_jax.retrieval import Queries
 from cir_jax.train import training_batches

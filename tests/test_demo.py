@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 import cir_jax
-from cir_jax import metrics
 from cir_jax.config import Evaluation, Experiment, Run, load_config
 from cir_jax.data import named_benchmark
 from cir_jax.eval import evaluate, print_table
+from cir_jax.evaluation import metrics
 from cir_jax.model import PACKAGED
 from cir_jax.typed import portable
 

@@ -10,17 +10,18 @@ from test_methods import INPUTS, drawn
 
 import cir_jax
 from cir_jax import eval as evaluation
-from cir_jax import eval_report, metrics, runs
 from cir_jax.checkpoint import save_model
 from cir_jax.config import Evaluation, Run
 from cir_jax.data import BENCHMARKS, emoji
 from cir_jax.data.benchmark import Benchmark
 from cir_jax.data.documents import BUILTIN, document_query
 from cir_jax.eval import evaluate, print_table, with_variants
+from cir_jax.evaluation import metrics, runs
+from cir_jax.evaluation.runs import measure, pooled
 from cir_jax.files import read_json
 from cir_jax.methods import METHODS
 from cir_jax.model import Model
-from cir_jax.runs import measure, pooled
+from cir_jax.report import evaluation as eval_report
 
 QUERIES = 10
 ITEMS = 30
@@ -342,7 +343,7 @@ def test_short_lists_change_no_number(models, monkeypatch, tmp_path):
 
 
 def test_a_split_without_labels_gives_the_files_of_its_server(models, monkeypatch, small, tmp_path):
-    from cir_jax import submissions
+    from cir_jax.evaluation import submissions
 
     closed = [[row, *range(row + 10, row + 15)] for row in range(QUERIES)]
     hidden = lambda variant, split: dataclasses.replace(

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx, traverse_util
 from PIL import Image
 
-from cir_jax import losses, optim, sharding
+from cir_jax import losses, sharding
 from cir_jax.checkpoint import abstract_params
 from cir_jax.conversion import inversion
 from cir_jax.conversion.inversion import fti4cir_rules
@@ -25,6 +25,7 @@ from cir_jax.encoders.pseudo_words import Mapper, read, vocabulary
 from cir_jax.methods import fti4cir
 from cir_jax.methods.fti4cir import Fti4cir, Fti4cirConfig, LocalAttributes, orthogonality
 from cir_jax.methods.inversion import FROZEN
+from cir_jax.training import optim
 
 # Sum of the candidates of both pictures, and the first four numbers of the first, by the number of heads.
 CANDIDATES = {

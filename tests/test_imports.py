@@ -17,11 +17,11 @@ ONLY_IN = {  # library -> the one file that knows it
     "grain": "data/pipeline.py",
     "PIL": "data/images.py",
     # What is compared with; imported as importlib allows, too.
-    "torch": "bench_peers.py",
+    "torch": "bench/peers.py",
     "tensorflow_datasets": "data/packed.py",
 }
 NEVER = {"tensorflow", "transformers", "torchvision", "cv2"}
-PEERS = {"cir_jax.bench_peers", "cir_jax.bench_encode"}  # known to the command `bench` alone
+PEERS = {"cir_jax.bench.peers", "cir_jax.bench.encode"}  # known to the command `bench` alone
 FORBIDDEN = {  # part of the package -> parts it must not know
     "encoders": {"methods", "data", "train", "eval", "model", "checkpoint", "config", "sharding"},
     "methods": {"train", "eval", "model", "checkpoint", "sharding", "index", "retrieval"},
@@ -66,7 +66,7 @@ def test_only_the_benchmark_knows_pytorch():
     knows = {
         name(path) for path in FILES if any(d.startswith(tuple(PEERS)) for d in imported(path))
     }
-    assert knows == {"bench.py", "bench_encode.py", "bench_load.py"}
+    assert knows == {"bench/__main__.py", "bench/encode.py", "bench/load.py"}
 
 
 def test_nothing_imports_a_builder():

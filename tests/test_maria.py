@@ -13,7 +13,7 @@ from PIL import Image
 from test_methods import INPUTS, drawn, raw_items, raw_queries, training_batch
 
 import cir_jax
-from cir_jax import losses, metrics, optim
+from cir_jax import losses
 from cir_jax.checkpoint import abstract_params
 from cir_jax.conversion import maria as table
 from cir_jax.conversion import rules
@@ -23,6 +23,7 @@ from cir_jax.data.benchmark import Benchmark
 from cir_jax.data.images import ImageSpec, crop, prepare
 from cir_jax.encoders.bert import Bert, BertConfig
 from cir_jax.encoders.resnext import RESNET_101, RESNEXT_50, RESNEXT_101, Resnext, ResnextConfig
+from cir_jax.evaluation import metrics
 from cir_jax.index import ExactIndex
 from cir_jax.methods.maria import (
     FROZEN,
@@ -36,6 +37,7 @@ from cir_jax.methods.maria import (
     words_of,
 )
 from cir_jax.retrieval import retrieve, score_by_vectors, score_candidates
+from cir_jax.training import optim
 from cir_jax.typed import from_json, to_json
 
 DIAGONAL = (0.402768, 0.455924, 0.170044, 0.495673, 0.230536, 0.453009, 0.472253, 0.234649)

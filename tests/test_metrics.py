@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cir_jax import metrics
 from cir_jax.data.benchmark import Benchmark
+from cir_jax.evaluation import metrics
 
 ALL = ("recall@1", "recall@3", "map@3", "ndcg@3", "mrr", "subset_recall@1", "subset_recall@2")
 CIRCO = tuple(f"map@{k}" for k in (5, 10, 25, 50))

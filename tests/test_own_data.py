@@ -19,7 +19,6 @@ from pyarrow import parquet
 from test_methods import INPUTS, drawn
 
 import cir_jax
-from cir_jax import metrics, optim
 from cir_jax.checkpoint import save_model
 from cir_jax.config import Data, Evaluation, Experiment, Optim, Run, Train
 from cir_jax.data import (
@@ -35,12 +34,17 @@ from cir_jax.data.pipeline import train_batches
 from cir_jax.data.records import open_gallery
 from cir_jax.data.tables import read_table, string, strings
 from cir_jax.eval import evaluate, with_limit, with_variants
+from cir_jax.evaluation import metrics
+from cir_jax.evaluation.runs import measure
 from cir_jax.fine_tuning import fine_tune
 from cir_jax.methods.blip_itm import BlipItmConfig
 from cir_jax.methods.clip import ClipConfig
-from cir_jax.runs import measure
-from cir_jax.train import check_experiment, make_init, prepare_workdir, train, training_batches
-from cir_jax.warm_start import warm_start
+from cir_jax.train import train, training_batches
+from cir_jax.training import optim
+from cir_jax.training.checks import check_experiment
+from cir_jax.training.step import make_init
+from cir_jax.training.warm_start import warm_start
+from cir_jax.training.workdir import prepare_workdir
 from cir_jax.workspace import content_digest
 
 README = Path(__file__).resolve().parents[1] / "README.md"

@@ -8,8 +8,9 @@ import pytest
 from reference import library
 from test_bench import count
 
-from cir_jax import bench, bench_encode
-from cir_jax.bench_load import write_pictures
+from cir_jax.bench import __main__ as bench
+from cir_jax.bench import encode
+from cir_jax.bench.load import write_pictures
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
@@ -17,9 +18,9 @@ pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 @pytest.mark.parametrize("family", bench.FAMILIES)
 def test_both_sides_have_the_same_parameters(family):
     library("transformers"), library("torchvision")
-    from cir_jax.bench_peers import Peer
+    from cir_jax.bench.peers import Peer
 
-    assert Peer(family, bench_encode.examples(family, 1), 1, 1e-6).parameters == count(family)
+    assert Peer(family, encode.examples(family, 1), 1, 1e-6).parameters == count(family)
 
 
 def test_the_command_measures_and_writes(tmp_path):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cir_jax.candidates import read_candidates
+from cir_jax.evaluation.candidates import read_candidates
 
 try:
     import torch

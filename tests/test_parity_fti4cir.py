@@ -20,13 +20,13 @@ from test_convert_inversion import drawn, magiclens_shapes
 from test_parity_convert import open_clip_model, run, shaken, small, there_and_back
 
 import cir_jax
-from cir_jax import optim
 from cir_jax.conversion import inversion, rules
 from cir_jax.data.inputs import prepare_batch
 from cir_jax.data.text import TextSpec, tokenizer
 from cir_jax.methods import oti
 from cir_jax.methods.inversion import FROZEN
 from cir_jax.methods.magiclens import Fusion
+from cir_jax.training import optim
 
 try:
     import torch

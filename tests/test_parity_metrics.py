@@ -5,7 +5,7 @@ import pytest
 from reference import library
 from test_metrics import made, random_case
 
-from cir_jax import metrics
+from cir_jax.evaluation import metrics
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 

@@ -12,14 +12,15 @@ from test_methods import INPUTS, drawn
 from torch_writer import Writer
 
 import cir_jax
-from cir_jax import eval_report, metrics, submissions
-from cir_jax.candidates import read_candidates
 from cir_jax.checkpoint import save_model
 from cir_jax.config import Evaluation, Run
 from cir_jax.data import circo, named_benchmark
 from cir_jax.eval import evaluate, main
+from cir_jax.evaluation import metrics, submissions
+from cir_jax.evaluation.candidates import read_candidates
 from cir_jax.files import read_json
 from cir_jax.methods import METHODS
+from cir_jax.report import evaluation as eval_report
 
 QUERIES, ITEMS = 2, 5  # of each small category of FashionIQ
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cir_jax import metrics
 from cir_jax.config import Data
 from cir_jax.data import __main__, circo, named_benchmark, published, training_set
+from cir_jax.evaluation import metrics
 
 README = Path(published.__file__).with_name("README.md").read_text()
 FASHIONIQ = {  # queries and pictures of each split, pictures of the union

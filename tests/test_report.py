@@ -9,11 +9,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from cir_jax import metrics, report
 from cir_jax.data.benchmark import Benchmark
-from cir_jax.eval_report import EXAMPLES, evaluation_page, examples
-from cir_jax.report_pictures import SHORT, SHOWN
-from cir_jax.report_plots import recall_curve
+from cir_jax.evaluation import metrics
+from cir_jax.report import page
+from cir_jax.report.evaluation import EXAMPLES, evaluation_page, examples
+from cir_jax.report.pictures import SHORT, SHOWN
+from cir_jax.report.plots import recall_curve
 
 VOID = {"meta", "br", "img"}
 SCRIPT = "<script>alert('x')</script>"
@@ -480,7 +481,7 @@ def test_the_page_of_a_search_is_whole(tmp_path):
 
     result = lambda row, stage: SimpleNamespace(row=row, id=f"i{row}", score=1.0 - row, stage=stage)
     found = [result(2, 2), result(0, 1)]
-    report.search_page(tmp_path / "s.html", found, Index(), text=SCRIPT, image=picture(1))
+    page.search_page(tmp_path / "s.html", found, Index(), text=SCRIPT, image=picture(1))
     root = Tree((tmp_path / "s.html").read_text()).root
     second, first = root.find("section")
     assert len(second.find("figure")) == len(first.find("figure")) == 1  # two kinds of scores
@@ -490,7 +491,7 @@ def test_the_page_of_a_search_is_whole(tmp_path):
 
 def test_heavy_libraries_wait_until_they_are_needed():
     program = (
-        "import sys, cir_jax.eval_report\n"
+        "import sys, cir_jax.report.evaluation\n"
         "heavy = {'matplotlib', 'PIL', 'jax'} & sys.modules.keys()\n"
         "assert not heavy, heavy\n"
     )

@@ -11,11 +11,11 @@ from flax import nnx
 from test_clip import NARROW, products
 from test_methods import INPUTS, made, training_batch
 
-from cir_jax import optim
 from cir_jax.checkpoint import abstract_params
 from cir_jax.encoders.clip import VisionConfig
 from cir_jax.encoders.resnet import ResnetConfig, convolve, pooled
 from cir_jax.methods.clip import Clip, ClipConfig
+from cir_jax.training import optim
 from cir_jax.typed import from_json, to_json
 
 

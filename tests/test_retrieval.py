@@ -516,7 +516,7 @@ def test_features_of_queries_that_ask_several_times_are_refused():
 @pytest.mark.parametrize("several", [False, True])
 @pytest.mark.parametrize("seed", range(4))
 def test_ranks_beyond_a_list_are_those_of_the_whole_one(seed, several):
-    from cir_jax import metrics
+    from cir_jax.evaluation import metrics
     from cir_jax.index import ExactIndex
     from cir_jax.retrieval import ranks_beyond
 

@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from cir_jax import checkpoint, optim, sharding
-from cir_jax.train import check_batch, make_init, make_step, training_batches
+from cir_jax import checkpoint, sharding
+from cir_jax.train import training_batches
+from cir_jax.training import optim
+from cir_jax.training.checks import check_batch
+from cir_jax.training.step import make_init, make_step
 
 
 def losses(config, mesh, steps=4):

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from cir_jax import submissions
-from cir_jax.submissions import Lists, check, read, read_labels, score, write
+from cir_jax.evaluation import submissions
+from cir_jax.evaluation.submissions import Lists, check, read, read_labels, score, write
 
 MEMBERS = [f"m{n}" for n in range(6)]
 
@@ -389,8 +389,8 @@ def test_the_command_judges_and_scores(put, capsys):
 
 
 def test_the_command_takes_candidates(tmp_path, capsys):
-    from cir_jax.candidates import Candidates, write_candidates
     from cir_jax.eval import main
+    from cir_jax.evaluation.candidates import Candidates, write_candidates
 
     names = np.array([["a", "b"], ["b", "a"]])
     targets = np.array(["a", "a"])

@@ -15,16 +15,18 @@ from test_eval import edits
 from test_methods import INPUTS, drawn
 
 import cir_jax
-from cir_jax import optim
 from cir_jax.checkpoint import save_model
 from cir_jax.config import Data, Experiment, Optim, Train
 from cir_jax.data import BENCHMARKS, training_set
 from cir_jax.data.images import ImageSpec
 from cir_jax.data.pipeline import train_batches, turns
+from cir_jax.evaluation.runs import measure
 from cir_jax.methods.blip_cir import BlipCirConfig
 from cir_jax.methods.blip_rerank import BlipRerankConfig
-from cir_jax.runs import measure
-from cir_jax.train import check_experiment, prepare_workdir, train
+from cir_jax.train import train
+from cir_jax.training import optim
+from cir_jax.training.checks import check_experiment
+from cir_jax.training.workdir import prepare_workdir
 
 CONFIG = """
 from cir_jax.config import Data, Experiment, Optim, Train
@@ -142,12 +144,13 @@ def test_best_model_is_kept_not_the_last(finished):
 
 @pytest.mark.slow
 def test_the_best_of_many_evaluations_is_kept(tiny_experiment, tmp_path, monkeypatch):
-    from cir_jax import checkpoint, runs
-    from cir_jax.train import Best, make_init
+    from cir_jax import checkpoint
+    from cir_jax.training.best import Best
+    from cir_jax.training.step import make_init
 
     scores = iter([0.3, 0.2, 0.4, 0.1])
     measure = lambda model, name, retriever, work: {"recall@10": next(scores)}
-    monkeypatch.setattr(runs, "measure", measure)
+    monkeypatch.setattr("cir_jax.training.best.measure", measure)
     graph, _ = checkpoint.abstract_params(tiny_experiment.method)
     init = make_init(tiny_experiment, optim.optimizer(tiny_experiment.optim, 8))
     state = jax.jit(init)(jax.random.key(0))
@@ -412,6 +415,6 @@ def test_a_batch_that_the_devices_cannot_hold_is_named(tiny_experiment, tmp_path
     def full(*arguments):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes.")
 
-    monkeypatch.setattr("cir_jax.train.make_step", lambda *_: full)
+    monkeypatch.setattr("cir_jax.training.step.make_step", lambda *_: full)
     with pytest.raises(MemoryError, match=r"batch_size 8 does not fit .*; lower train.batch_size"):
         train(tiny_experiment, tmp_path)

@@ -9,12 +9,13 @@ import pytest
 from flax import traverse_util
 from test_methods import INPUTS, drawn
 
-from cir_jax import optim, sharding
-from cir_jax import warm_start as module
+from cir_jax import sharding
 from cir_jax.checkpoint import save_model
 from cir_jax.config import Experiment, Optim, Train
 from cir_jax.methods import METHODS, method_name
-from cir_jax.warm_start import warm_start
+from cir_jax.training import optim
+from cir_jax.training import warm_start as module
+from cir_jax.training.warm_start import warm_start
 
 
 def tiny(name):

@@ -31,7 +31,7 @@ class Benchmark:
       exclude: per query, the row of its reference picture, which is no answer, or -1. Empty: none.
       subset: per query, the rows of the closed group that `subset_recall@k` ranks. Empty: none.
       rules: per query, a label, or several, for tables by kind of query. Empty: none.
-      metrics: what is reported, see `cir_jax.metrics`.
+      metrics: what is reported, see `cir_jax.evaluation.metrics`.
       missing: how many `pictures` and `queries` of the published data are left out, for want of pictures.
 
     Raises:

@@ -46,7 +46,7 @@ def benchmark(root: str, variant: str = "", split: str = "val") -> Benchmark:
       both: the mean of the two orders asks (FTI4CIR, SEARLE and LinCIR; the reversed one has no capital); a second
         stage reads the usual one.
     The targets of `test` are not published. `record` of a query is its entry in the captions file, which predictions
-    repeat (`cir_jax.submissions`).
+    repeat (`cir_jax.evaluation.submissions`).
     """
     part = published.part(
         "fashioniq",

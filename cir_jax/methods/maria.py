@@ -194,7 +194,7 @@ def words_of(mask: jax.Array) -> jax.Array:
 
 
 def legacy_batch_recall(queries: jax.Array, items: jax.Array, mask: jax.Array, k: int) -> jax.Array:
-    """The "R@k" that the original prints while it trains, to compare logs with; `cir_jax.metrics` has the true one.
+    """The "R@k" that the original prints while it trains, to compare logs with; `cir_jax.evaluation.metrics` has the true one.
 
     The share of tokens whose own picture is among the k + 1 best of the batch, equal scores counting as better. Shapes
     as of `cir_jax.losses.paired_hinge`.

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from cir_jax import files, metrics, submissions
+from cir_jax import files
 from cir_jax.config import Run
 from cir_jax.data import benchmark_parts
 from cir_jax.data.benchmark import Chosen
 from cir_jax.data.documents import BUILTIN
+from cir_jax.evaluation import metrics, submissions
 from cir_jax.typed import to_json
 from cir_jax.workspace import Outcome, Workspace, digest
 
@@ -61,7 +62,7 @@ def _exact_hits(model, benchmark, least: int):
 
 def asked_in(run: Run, stage: int, queries, work: Workspace):
     """What raw queries ask in a stage of a run."""
-    from cir_jax.audit import Alone
+    from cir_jax.evaluation.audit import Alone
     from cir_jax.retrieval import Queries
 
     asked = Queries(queries, stage, run.documents)
@@ -257,7 +258,7 @@ def _given(run: Run, work: Workspace):
 
 def _given_hits(run: Run, work: Workspace):
     """The lists in a file of candidates; ValueError if they do not belong to the benchmark, or are too short."""
-    from cir_jax.candidates import rows_in
+    from cir_jax.evaluation.candidates import rows_in
     from cir_jax.index import Hits
 
     found = work.candidates(given_path(run))
@@ -450,7 +451,7 @@ def _mean_row(flags, styles, rows):
 
 def check_run(run: Run, work: Workspace) -> None:
     """Refuse, before anything is computed, a run that would tell nothing, or whose models cannot read the queries."""
-    from cir_jax.audit import composed
+    from cir_jax.evaluation.audit import composed
     from cir_jax.methods import METHODS, method_name, reranks
     from cir_jax.methods import kinds as item_kinds
     from cir_jax.model import as_example

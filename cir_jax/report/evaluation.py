@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cir_jax import metrics, report
 from cir_jax.data.benchmark import Benchmark
-from cir_jax.report_parts import (
+from cir_jax.evaluation import metrics
+from cir_jax.report.page import page, write_page
+from cir_jax.report.parts import (
     STYLE,
     chance,
     escape,
@@ -25,8 +26,8 @@ from cir_jax.report_parts import (
     section,
     sign,
 )
-from cir_jax.report_pictures import SHOWN, Ranking, example, stored
-from cir_jax.report_plots import rank_histogram, recall_plot
+from cir_jax.report.pictures import SHOWN, Ranking, example, stored
+from cir_jax.report.plots import rank_histogram, recall_plot
 
 EXAMPLES = 4  # queries of each kind that one benchmark shows: gains, losses, drawn at random
 PAGE_EXAMPLES = 12  # the same for a whole page, so that it stays small with many benchmarks
@@ -68,7 +69,7 @@ def evaluation_page(
         variant, split, run and asked index.
       benchmark_of: the benchmark of a row.
       environment: `time`, `precision` and `machine`, as `cir_jax.eval.environment` gives them.
-      audits: as `cir_jax.audit.audits` gives them.
+      audits: as `cir_jax.evaluation.audit.audits` gives them.
 
     Raises:
       ValueError: arrays of another number of queries than the benchmark has.
@@ -90,7 +91,7 @@ def evaluation_page(
     two_stages = any(each.second for each in compared)
     title = "What the second stage bought" if two_stages else "What the evaluation found"
     about = _about(compared, environment or {})
-    report.write_page(path, report.page(title, about, body, STYLE + stored(pictures)))
+    write_page(path, page(title, about, body, STYLE + stored(pictures)))
 
 
 # ---- what belongs together ----

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cir_jax import candidates, metrics, submissions
+from cir_jax.evaluation import candidates, metrics, submissions
 from cir_jax.progress import printable
 
 

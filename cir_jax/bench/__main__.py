@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from cir_jax import files
-from cir_jax.bench_load import Load, load
+from cir_jax.bench.load import Load, load
 from cir_jax.commands import Common
 from cir_jax.compilation import keep_compiled
 
@@ -47,17 +47,15 @@ COMMANDS = {"encode": Encode, "load": Load}
 
 def encode(command: Encode) -> None:
     """Measure, print the table and write the numbers."""
-    from cir_jax import bench_encode
+    from cir_jax.bench.encode import measured, versions
     from cir_jax.progress import progress
 
     if command.output:
         files.check_writable(command.output)
     keep_compiled(command.cache)
-    machine, results = bench_encode.versions(), []
+    machine, results = versions(), []
     families, dtypes = dict.fromkeys(command.family), dict.fromkeys(command.dtype)
-    lines = bench_encode.measured(
-        tuple(families), tuple(dtypes), command.batch, command.repeat, command.remat
-    )
+    lines = measured(tuple(families), tuple(dtypes), command.batch, command.repeat, command.remat)
     with progress("measured", 2 * len(families) * len(dtypes)) as advance:
         for result in lines:
             results.append(result)

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cir_jax import files, metrics
+from cir_jax import files
+from cir_jax.evaluation import metrics
 from cir_jax.files import shown
 from cir_jax.progress import printable
 
@@ -237,7 +238,7 @@ def _equal(pair: Pair) -> bool:
 
 def compare(first: Path, second: Path, output: Path) -> None:
     """Print the differences and write `output/comparison.html`."""
-    from cir_jax.compare_report import comparison_page
+    from cir_jax.report.comparison import comparison_page
 
     found = compared(first, second)
     pairs = [pair for pair in found if not _equal(pair)] or found

@@ -6,10 +6,11 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from cir_jax import optim, sharding
+from cir_jax import sharding
 from cir_jax.config import Experiment
 from cir_jax.methods import METHODS, method_name
 from cir_jax.model import load
+from cir_jax.training import optim
 
 
 def warm_start(state, config: Experiment):

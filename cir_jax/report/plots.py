@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cir_jax import metrics
 from cir_jax.data.benchmark import Benchmark
+from cir_jax.evaluation import metrics
 
 CURVE = 50  # largest k of the recall curves
 

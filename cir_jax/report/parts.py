@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from cir_jax.metrics import components
+from cir_jax.evaluation.metrics import components
 
 STYLE = """
 h2 { font-size: 1.4rem; letter-spacing: -.012em; margin: 0 0 .3rem; }

@@ -139,7 +139,7 @@ def ours(gallery: Gallery, command: Load) -> Iterator[np.ndarray]:
 
 def theirs(gallery: Gallery, command: Load) -> Iterator[np.ndarray]:
     """Batches `[n, 224, 224, 3]` float32 of a DataLoader over a folder, its workers a process for each core."""
-    from cir_jax.bench_peers import library
+    from cir_jax.bench.peers import library
 
     torch, folders = library("torch"), library("torchvision.datasets.folder")
     known, spec = library("torchvision.transforms"), INPUTS.image

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cir_jax.data.benchmark import Benchmark
-from cir_jax.report_parts import escape
+from cir_jax.report.parts import escape
 
 SHOWN = 8  # pictures in a strip
 PICTURE = 160  # longest side of a stored picture

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from cir_jax import report
-from cir_jax.compare import Difference, Pair, by_rule, differences, system_title
 from cir_jax.data.benchmark import Benchmark
-from cir_jax.report_parts import (
+from cir_jax.evaluation.compare import Difference, Pair, by_rule, differences, system_title
+from cir_jax.report.page import page, write_page
+from cir_jax.report.parts import (
     STYLE,
     chance,
     escape,
@@ -21,8 +21,8 @@ from cir_jax.report_parts import (
     section,
     sign,
 )
-from cir_jax.report_pictures import Ranking, example, place, stored
-from cir_jax.report_plots import rank_histogram, recall_plot
+from cir_jax.report.pictures import Ranking, example, place, stored
+from cir_jax.report.plots import rank_histogram, recall_plot
 
 EXAMPLES = 6  # queries of each kind
 
@@ -49,7 +49,7 @@ def comparison_page(
     ]
     about = f"{len(pairs)} comparison{'s' * (len(pairs) > 1)}, query by query. p is that of a paired randomisation test."
     style = STYLE + stored(pictures)
-    report.write_page(path, report.page("What differs", about, body, style))
+    write_page(path, page("What differs", about, body, style))
 
 
 def _ranks(pair: Pair) -> tuple[np.ndarray, np.ndarray, int]:

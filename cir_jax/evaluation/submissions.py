@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cir_jax import files, metrics
+from cir_jax import files
 from cir_jax.data.benchmark import Benchmark
+from cir_jax.evaluation import metrics
 from cir_jax.files import shown
 
 MOST_BYTES = 512 << 20  # of a file that is read

@@ -183,7 +183,7 @@ def measured(
 
 def _rates(family, dtypes, rows, repeats, remat) -> dict[tuple[str, str], tuple[float, ...]]:
     """By step and type: our rate, PyTorch's and their ratio, all taking turns."""
-    from cir_jax.bench_peers import Peer
+    from cir_jax.bench.peers import Peer
 
     batch, found = examples(family, rows), {}
     peer = Peer(family, batch, 1, RATE)
@@ -230,7 +230,7 @@ def _growth(family, rows, step, dtype, remat) -> int:
     _pin()
     batch = examples(family, rows)
     if dtype is None:
-        from cir_jax.bench_peers import Peer, library
+        from cir_jax.bench.peers import Peer, library
 
         for name in ("torch", "torchvision", "transformers"):
             library(name)
@@ -260,7 +260,7 @@ def _pin() -> None:
 
 def versions() -> dict[str, str]:
     """The libraries and the processor, for the caption and the file."""
-    from cir_jax.bench_peers import library
+    from cir_jax.bench.peers import library
 
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from cir_jax import files, metrics
+from cir_jax import files
 from cir_jax.data.benchmark import Benchmark
+from cir_jax.evaluation import metrics
 from cir_jax.files import shown
 
 FORMAT = 1

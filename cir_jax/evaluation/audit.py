@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from cir_jax import metrics
 from cir_jax.config import Run
 from cir_jax.data.benchmark import Benchmark
+from cir_jax.evaluation import metrics
 
 PARTS = ("text", "image")
 

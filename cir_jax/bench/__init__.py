@@ -1,0 +1,1 @@
+"""`python -m cir_jax.bench`: speed and memory beside PyTorch, on the machine at hand."""

@@ -1,0 +1,1 @@
+"""How good a ranking is: metrics, protocols, files of the servers, comparisons."""
