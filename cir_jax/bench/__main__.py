@@ -1,4 +1,4 @@
-"""`python -m cir_jax.bench encode|load`: speed of the encoders, and of loading pictures, beside PyTorch on this machine."""
+"""`python -m cir_jax.bench encode|load|rank`: speed beside a peer, on this machine."""
 
 import sys
 from dataclasses import dataclass
@@ -42,7 +42,19 @@ class Encode(Common):
                 raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 1")
 
 
-COMMANDS = {"encode": Encode, "load": Load}
+@dataclass(frozen=True, kw_only=True)
+class Rank:
+    """Seconds of an evaluation once its vectors are there, as large as FashionIQ's and CIRCO's, beside a full sort."""
+
+    repeat: int = 3
+    """rounds, of which the best counts"""
+
+    def __post_init__(self):
+        if self.repeat < 1:
+            raise ValueError(f"--repeat is {self.repeat}; it must be at least 1")
+
+
+COMMANDS = {"encode": Encode, "load": Load, "rank": Rank}
 
 
 def encode(command: Encode) -> None:
@@ -66,6 +78,19 @@ def encode(command: Encode) -> None:
         numbers = {"machine": machine, "results": [result.as_json() for result in results]}
         with files.write_atomically(command.output) as part:
             files.write_json(part, numbers)
+
+
+def rank(command: Rank) -> None:
+    """Measure and print the table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from cir_jax.bench.ranking import measured
+
+    table = Table("evaluation", "seconds", "full sort", "ratio", box=None)
+    for title, ours, theirs in measured(command.repeat):
+        table.add_row(title, f"{ours:.1f}", f"{theirs:.1f}", f"{theirs / ours:.2f}")
+    Console(markup=False).print(table)
 
 
 def print_table(results) -> None:
@@ -112,7 +137,7 @@ def main(argv: list[str] | None = None) -> None:
     command = tyro.extras.subcommand_cli_from_dict(
         COMMANDS, prog="python -m cir_jax.bench", description=__doc__, args=argv
     )
-    {Encode: encode, Load: load}[type(command)](command)
+    {Encode: encode, Load: load, Rank: rank}[type(command)](command)
 
 
 if __name__ == "__main__":

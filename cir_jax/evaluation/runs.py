@@ -147,7 +147,7 @@ def _members(run: Run, stage: int, queries, items, work: Workspace):
     return rerank(Hits(rows, np.zeros(rows.shape, np.float32)), scores)
 
 
-def _values(benchmark, hits, members, rank) -> dict[str, np.ndarray]:
+def values_of_queries(benchmark, hits, members, rank) -> dict[str, np.ndarray]:
     """Each metric for each query, from its list, the hits in its group, and the rank of its best right answer.
 
     Without `members` those of groups are left out.
@@ -188,7 +188,7 @@ def _searched(run: Run, queries, items, work: Workspace):
     if run.index == "scann":
         tuning = {"recall": SCANN_RECALL, "k": TIMED, "queries": _tuning_queries(run, work)}
     index = make_index(run.index, items, ids=benchmark.ids, **tuning)
-    k = _list_depth(benchmark, run.lists) if index.kind == "exact" else SCANN_DEPTH
+    k = list_depth(benchmark, run.lists) if index.kind == "exact" else SCANN_DEPTH
     k = min(max(k, run.k if run.reranker else 1), len(items))
     retrieve(index, queries, TIMED, benchmark.exclude)
     start = time.perf_counter()
@@ -197,7 +197,7 @@ def _searched(run: Run, queries, items, work: Workspace):
     return index, retrieve(index, queries, k, benchmark.exclude), searching
 
 
-def _list_depth(benchmark, lists: bool = False) -> int:
+def list_depth(benchmark, lists: bool = False) -> int:
     """How many hits a list needs; ranks beyond it are counted, which is faster than sorting a whole gallery.
 
     With `lists`, as many as are written to large files too.
@@ -292,7 +292,7 @@ def _outcome(run: Run, stage: int, index: str, hits, members, beyond, spent, wor
     rank = metrics.ranks(hits.rows, benchmark.positives, benchmark.exclude)
     rank = np.where(rank < 0, beyond, rank)
     labelled = any(benchmark.positives)  # else the benchmark's server knows the answers
-    values = _values(benchmark, hits, members, rank) if labelled else {}
+    values = values_of_queries(benchmark, hits, members, rank) if labelled else {}
     identities = [_first_identity(run, work)]
     identities += [_identity(run.reranker, work)] if stage == 2 else []
     row = {
