@@ -41,14 +41,47 @@ class Data:
 
 @dataclass(frozen=True)
 class Optim:
-    """AdamW. `frozen` are patterns over whole parameter paths (`text/.*`); frozen parameters keep no moments."""
+    """AdamW; with `weight_decay` 0 it is Adam. Lengths are in steps, numbered from 0.
+
+    Attributes:
+      lr: the learning rate after the warm-up.
+      weight_decay: decoupled: a step takes `lr * weight_decay` of a parameter away.
+      betas: decay of the means of gradients and of their squares.
+      epsilon: added to the root of the latter.
+      warmup: the rate first rises in a straight line over so many steps.
+      warmup_includes: both ends of that line are no step of it: with "zero" its steps have the rates 0, 1/W, … (W-1)/W of
+        `lr` (Hugging Face), with "peak" 1/W, … 1 (open_clip), with "both" 0, 1/(W-1), … 1 (BEiT-3).
+      schedule: how the rate falls from `lr` to `min_lr` after the warm-up; "constant" keeps `lr`.
+      min_lr: the rate at the end.
+      period: steps from `lr` to `min_lr`; 0 for all that follow the warm-up. A run that goes on after a shorter
+        period sees a cosine rise again.
+      hold: so many steps in a row have the rate of their first: those of an epoch, where it is set once an epoch.
+      drops: from each of these steps on, the rate is multiplied by `drop_factor`.
+      drop_factor: see `drops`.
+      clip_norm: longest gradient, over all trained parameters together; None does not clip.
+      decay: what `weight_decay` shrinks: "matrices" spares vectors (biases, norms, class tokens) and scalars.
+      undecayed: patterns over whole parameter paths that `decay` spares too.
+      layer_decay: factor of the rate from each block to the one before: the last block learns at `layer_decay` times
+        the rate of the head, the first of L at its L-th power, embeddings and positions at the (L + 1)-th.
+      frozen: patterns over whole parameter paths (`text/.*`); frozen parameters keep no moments.
+    """
 
     lr: float = 1e-3
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.98)
+    epsilon: float = 1e-8
     warmup: int = 0
-    schedule: Literal["cosine", "constant"] = "cosine"
-    clip_norm: float = 1.0
+    warmup_includes: Literal["zero", "peak", "both"] = "zero"
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    min_lr: float = 0.0
+    period: int = 0
+    hold: int = 1
+    drops: tuple[int, ...] = ()
+    drop_factor: float = 0.1
+    clip_norm: float | None = 1.0
+    decay: Literal["matrices", "all"] = "matrices"
+    undecayed: tuple[str, ...] = ()
+    layer_decay: float = 1.0
     frozen: tuple[str, ...] = ()
 
 

@@ -16,8 +16,14 @@ LEAST = {  # field -> the smallest value it may have
     "train.workers": 0,
     "optim.lr": 0,
     "optim.weight_decay": 0,
+    "optim.epsilon": 0,
     "optim.warmup": 0,
+    "optim.min_lr": 0,
+    "optim.period": 0,
+    "optim.hold": 1,
+    "optim.drop_factor": 0,
     "optim.clip_norm": 0,
+    "optim.layer_decay": 0,
     "mesh.fsdp": 1,
     "mesh.tensor": 1,
 }
@@ -29,7 +35,7 @@ def check_numbers(config: Experiment) -> None:
     wrong = [
         f"{name} is {value}; it must be at least {LEAST[name]}"
         for name, value in values.items()
-        if not LEAST[name] <= value < math.inf
+        if value is not None and not LEAST[name] <= value < math.inf
     ]
     if wrong:
         raise ValueError("\n  ".join(wrong))
