@@ -29,6 +29,7 @@ class Data:
     `weight` is its number of batches in each round over all training sets: every batch comes from one set only, so
     sets whose queries have different parts (text, picture and text) can train together. `block` consecutive rows of
     the set always share a batch: hard negatives for each other where the set puts what is alike together.
+    Rows with one target are right answers for each other; without `grouped` wrong ones, as in most papers.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Data:
     split: str = "train"
     weight: int = 1
     block: int = 1
+    grouped: bool = True
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,13 @@ class Train:
     `batch_size` is the global batch over all processes and devices. `limit` takes only the first rows of each training
     set, for a quick try; 0 takes all. `workers` are the processes that prepare examples for each training set, each with
     a copy of it; 0 prepares in threads of this process, which is as fast until its Python is what takes longest.
+
+    Pictures: `augment` scales, shifts, turns and tints them a little, as befits drawings on white, and leaves words out of
+    offered wordings; `crop` shows a random part, of a share of the area between its two numbers and an aspect ratio of
+    3:4 to 4:3, instead of the part that is always shown later (torchvision's `RandomResizedCrop`); `mirror` every
+    other one the other way round.
+    Order: batches run across the ends of epochs, or with `drop_last` each epoch ends with its last whole batch. Without
+    `reshuffle` every epoch repeats the order of the first; with `drop_last` too, its batches.
     """
 
     steps: int
@@ -101,6 +110,10 @@ class Train:
     save_every: int = 200
     eval_every: int = 200
     augment: bool = True
+    crop: tuple[float, float] | None = None
+    mirror: bool = False
+    drop_last: bool = False
+    reshuffle: bool = True
     export_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     limit: int = 0
     workers: int = 0
@@ -119,7 +132,7 @@ class Experiment(Generic[MethodConfig]):
     """Everything a training run needs.
 
     `evals` are benchmarks as in `Run`; the checkpoint with the best mean of `best` over them is kept.
-    A re-ranker is measured on the 50 best candidates of the model `retriever`. `init` maps a parameter prefix to the
+    A re-ranker is measured on the `k` best candidates of the model `retriever`. `init` maps a parameter prefix to the
     checkpoint it starts from, the prefix "" being the whole model, or the path of one parameter to an `.npy` or
     `.npz` file (`cir_jax.training.warm_start`).
     """
@@ -132,6 +145,7 @@ class Experiment(Generic[MethodConfig]):
     init: Mapping[str, str] = field(default_factory=dict)
     evals: tuple[str, ...] = ()
     retriever: str = ""
+    k: int = 50
     best: str = "recall@10"
 
 

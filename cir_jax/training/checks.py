@@ -14,6 +14,7 @@ LEAST = {  # field -> the smallest value it may have
     "train.eval_every": 1,
     "train.limit": 0,
     "train.workers": 0,
+    "k": 1,
     "optim.lr": 0,
     "optim.weight_decay": 0,
     "optim.epsilon": 0,
@@ -37,6 +38,9 @@ def check_numbers(config: Experiment) -> None:
         for name, value in values.items()
         if value is not None and not LEAST[name] <= value < math.inf
     ]
+    crop = config.train.crop
+    if crop and not 0 < crop[0] <= crop[1] <= 1:
+        wrong.append(f"train.crop is {crop}; expected two shares of an area, above 0 and up to 1")
     if wrong:
         raise ValueError("\n  ".join(wrong))
 
