@@ -22,7 +22,7 @@ MethodConfig = TypeVar("MethodConfig")
 @dataclass(frozen=True)
 class Data:
     """One training set: built in, published in the folder `root`, `pairs` or `triplets` in the table `root`, or
-    `captioned` pictures of the gallery `root`.
+    `captioned` pictures of the gallery `root`, or `captions` without pictures in the table `root`.
 
     `cir_jax.data` has the names; of published sets, `root` may be left out where `$CIR_JAX_DATA/NAME` or `data/NAME` is
     it. An empty `variant` is the usual one.

@@ -16,6 +16,7 @@ from cir_jax.data import (
     emoji,
     fashioniq,
     imagenet,
+    lincir,
     openimages,
     own,
     packed,
@@ -38,6 +39,7 @@ TABLES: dict[str, Callable[[str], Dataset]] = {
     "pairs": own.pairs,
     "triplets": own.triplets,
     "captioned": own.captioned,
+    "captions": lincir.captions,
 }
 
 # name -> function(variant=, split=) of a Benchmark

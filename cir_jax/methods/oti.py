@@ -4,7 +4,9 @@ A pseudo-word of its own is learned for each picture, so that prompts with it re
 those with a concept that the picture shows. Slow, and the teacher of SEARLE's mapping network.
 """
 
-from collections.abc import Sequence
+import functools
+import os
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -16,6 +18,8 @@ from flax import nnx
 from cir_jax import losses
 from cir_jax.data.text import tokenizer
 from cir_jax.methods.inversion import Inversion
+from cir_jax.model import Model
+from cir_jax.vectors import Vectors, VectorWriter
 
 _KINDS = ("photo", "illustration", "sketch", "diagram")
 _PLACES = ("photo", "image", "illustration")
@@ -94,37 +98,83 @@ def invert(
 
     Args:
       method: whose CLIP, star and prompts are used; its mapping network is not.
-      features: `[N, embed]`, CLIP's of the pictures.
+      features: `[N, embed]`, CLIP's of the pictures; only their directions count.
       key: of the first words and of the templates and phrases that each step draws.
       phrases: for each picture, (phrase, concept in it); None asks only for likeness with the picture.
       steps, lr, weight_decay: of AdamW.
       decay: of the running mean, which begins at the first words.
       phrase_weight: of the loss on phrases against that on pictures.
     """
-    graph, params = nnx.split(method)
     said = None if phrases is None else phrases_of(method, phrases)
     star = f" {method.config.star} "
     templates = tokenizer(method.config.inputs.text)([each.format(star) for each in TEMPLATES])[0]
     width = method.config.text.width
     start = 0.02 * jax.random.normal(key, (len(features), width), features.dtype)
-    optimizer = optax.adamw(lr, weight_decay=weight_decay)
+    graph, params = nnx.split(method)
+    given = params, start, features, templates, said, key
+    return _inverted(*given, graph, steps, lr, weight_decay, decay, phrase_weight)
 
-    @jax.jit
-    def run(params, features, said):
-        method = nnx.merge(graph, params)
 
-        def step(state, number):
-            tokens, mean, moments = state
-            drawn = jax.random.fold_in(key, number)
-            loss = lambda x: step_loss(method, x, features, templates, said, phrase_weight, drawn)
-            updates, moments = optimizer.update(jax.grad(loss)(tokens), moments, tokens)
-            tokens = optax.apply_updates(tokens, updates)
-            return (tokens, decay * mean + (1 - decay) * tokens, moments), None
+@functools.partial(jax.jit, static_argnums=range(6, 12))
+def _inverted(
+    params, start, features, templates, said, key, graph, steps, lr, weight_decay, decay, weight
+):
+    """`invert` from the words `start` on."""
+    method, optimizer = nnx.merge(graph, params), optax.adamw(lr, weight_decay=weight_decay)
 
-        first = (start, start, optimizer.init(start))
-        return jax.lax.scan(step, first, jnp.arange(1, steps + 1))[0][1]
+    def step(state, number):
+        tokens, mean, moments = state
+        drawn = jax.random.fold_in(key, number)
+        loss = lambda x: step_loss(method, x, features, templates, said, weight, drawn)
+        updates, moments = optimizer.update(jax.grad(loss)(tokens), moments, tokens)
+        tokens = optax.apply_updates(tokens, updates)
+        return (tokens, decay * mean + (1 - decay) * tokens, moments), None
 
-    return run(params, features, said)
+    first = (start, start, optimizer.init(start))
+    return jax.lax.scan(step, first, jnp.arange(1, steps + 1))[0][1]
+
+
+def write_words(
+    model: Model,
+    vectors: Vectors,
+    dest: str | os.PathLike,
+    phrases: Callable[[str], Sequence[tuple[str, str]]] | None = None,
+    *,
+    seed: int = 0,
+    batch_size: int = 32,
+    shard_size: int = 1024,
+    **options,
+) -> None:
+    """Write the pseudo-words of embedded pictures as vectors with their ids; begun again, it goes on.
+
+    Args:
+      model: a `searle`; its mapping network is not used.
+      vectors: of the pictures, by this model.
+      dest: the folder to write.
+      phrases: from the id of a picture to its phrases, as `invert` takes them.
+      seed, batch_size, shard_size: of the random numbers, of what is computed and of what is written at once.
+      options: of `invert`.
+
+    Raises:
+      ValueError: vectors of another model, pictures without phrases.
+    """
+    if vectors.fingerprint != model.fingerprint:
+        raise ValueError(
+            f"{vectors} were made by {vectors.checkpoint}, not by {model.name}; embed the pictures with it"
+        )
+    method, features = nnx.merge(model.graph, model.params), vectors.array()
+    given = {"checkpoint": vectors.checkpoint, "gallery": vectors.gallery}
+    with VectorWriter(dest, fingerprint=model.fingerprint, **given) as writer:
+        for first in range(writer.rows, len(features), shard_size):
+            ids, found = vectors.ids[first : first + shard_size], []
+            for start in range(0, len(ids), batch_size):
+                some = ids[start : start + batch_size]
+                rows = jnp.asarray(features[first + start :][: len(some)])
+                key = jax.random.fold_in(jax.random.key(seed), first + start)
+                said = phrases and [phrases(name) for name in some]
+                found.append(np.asarray(invert(method, rows, key, said, **options)))
+            writer.add(np.concatenate(found), ids)
+        writer.finish()
 
 
 def step_loss(method, tokens, features, templates, said: Phrases | None, phrase_weight, key):

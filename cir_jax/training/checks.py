@@ -117,6 +117,8 @@ def check_parts(datasets, config: Experiment) -> None:
                 f"the queries of {data.root or data.name} consist of {found}; {name} takes {', or '.join(wanted)}"
             )
         needed, item = kinds_of(config.method, "item")[0], dataset[0]["item"] if query else {}
+        if "image" not in parts and hasattr(METHODS[name][1], "training_item"):
+            needed = METHODS[name][1].training_item(config.method)
         if query and needed - item.keys():
             raise ValueError(
                 f"the items of {data.root or data.name} have {' and '.join(sorted(item))}; {name} needs "
