@@ -133,8 +133,8 @@ class Experiment(Generic[MethodConfig]):
 
     `evals` are benchmarks as in `Run`; the checkpoint with the best mean of `best` over them is kept.
     A re-ranker is measured on the `k` best candidates of the model `retriever`. `init` maps a parameter prefix to the
-    checkpoint it starts from, the prefix "" being the whole model, or the path of one parameter to an `.npy` or
-    `.npz` file (`cir_jax.training.warm_start`).
+    checkpoint, or part of one, it starts from, the prefix "" being the whole model, or the path of one parameter to an
+    `.npy` or `.npz` file (`cir_jax.training.warm_start`).
     """
 
     method: MethodConfig

@@ -2,7 +2,7 @@
 
 Beside the pictures (`cir_jax.data.imagenet`):
 
-searle/words/           vectors: the pseudo-word of each picture (`cir_jax.methods.oti.write_words`)
+searle/words/           vectors: the pseudo-word of each picture (`cir_jax.training.words.write_words`)
 searle/concepts.csv     SEARLE's similar concepts: `Image Name`, then those of a picture, the nearest first, as 1, 2, …
 searle/phrases.json     {"concept": ["a photo of concept that …", …], …}, SEARLE's phrases of GPT-Neo
 """
@@ -33,10 +33,10 @@ class Phrases(NamedTuple):
     near: Mapping[str, np.ndarray]
 
     def of(self, picture: str) -> list[tuple[str, str]]:
-        """Every (phrase, concept in it) of a picture, as `cir_jax.methods.oti.invert` takes them."""
+        """Every (phrase, concept in it) of a picture, for `cir_jax.training.words.write_words`; none if it is unknown."""
         return [
             (phrase, self.concepts[number])
-            for number in self.near[picture]
+            for number in self.near.get(Path(picture).stem, ())
             for phrase in self.said[number]
         ]
 

@@ -5,8 +5,7 @@ those with a concept that the picture shows. Slow, and the teacher of SEARLE's m
 """
 
 import functools
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -18,8 +17,6 @@ from flax import nnx
 from cir_jax import losses
 from cir_jax.data.text import tokenizer
 from cir_jax.methods.inversion import Inversion
-from cir_jax.model import Model
-from cir_jax.vectors import Vectors, VectorWriter
 
 _KINDS = ("photo", "illustration", "sketch", "diagram")
 _PLACES = ("photo", "image", "illustration")
@@ -132,49 +129,6 @@ def _inverted(
 
     first = (start, start, optimizer.init(start))
     return jax.lax.scan(step, first, jnp.arange(1, steps + 1))[0][1]
-
-
-def write_words(
-    model: Model,
-    vectors: Vectors,
-    dest: str | os.PathLike,
-    phrases: Callable[[str], Sequence[tuple[str, str]]] | None = None,
-    *,
-    seed: int = 0,
-    batch_size: int = 32,
-    shard_size: int = 1024,
-    **options,
-) -> None:
-    """Write the pseudo-words of embedded pictures as vectors with their ids; begun again, it goes on.
-
-    Args:
-      model: a `searle`; its mapping network is not used.
-      vectors: of the pictures, by this model.
-      dest: the folder to write.
-      phrases: from the id of a picture to its phrases, as `invert` takes them.
-      seed, batch_size, shard_size: of the random numbers, of what is computed and of what is written at once.
-      options: of `invert`.
-
-    Raises:
-      ValueError: vectors of another model, pictures without phrases.
-    """
-    if vectors.fingerprint != model.fingerprint:
-        raise ValueError(
-            f"{vectors} were made by {vectors.checkpoint}, not by {model.name}; embed the pictures with it"
-        )
-    method, features = nnx.merge(model.graph, model.params), vectors.array()
-    given = {"checkpoint": vectors.checkpoint, "gallery": vectors.gallery}
-    with VectorWriter(dest, fingerprint=model.fingerprint, **given) as writer:
-        for first in range(writer.rows, len(features), shard_size):
-            ids, found = vectors.ids[first : first + shard_size], []
-            for start in range(0, len(ids), batch_size):
-                some = ids[start : start + batch_size]
-                rows = jnp.asarray(features[first + start :][: len(some)])
-                key = jax.random.fold_in(jax.random.key(seed), first + start)
-                said = phrases and [phrases(name) for name in some]
-                found.append(np.asarray(invert(method, rows, key, said, **options)))
-            writer.add(np.concatenate(found), ids)
-        writer.finish()
 
 
 def step_loss(method, tokens, features, templates, said: Phrases | None, phrase_weight, key):
