@@ -3,13 +3,14 @@
 import dataclasses
 import functools
 import json
+import shutil
 import tarfile
 from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
-from data_layouts import paint
+from data_layouts import paint, searle, write
 from flax import traverse_util
 from test_methods import drawn
 
@@ -222,16 +223,15 @@ def home(tmp_path_factory):
     root = tmp_path_factory.mktemp("home")
     for name in ("fashioniq", "cirr", "atomic", "coco", "coco-lxmert"):
         LAYOUTS[name](root / "data" / name)
-    names = [f"ILSVRC2012_test_{number:08}" for number in range(1, 5)]
+    imagenet, names = (
+        root / "data/imagenet",
+        [f"ILSVRC2012_test_{number:08}" for number in range(1, 5)],
+    )
     records = [{"img_id": n[-8:], "subject": "a red dog", "attribute": "on it"} for n in names]
-    searle = root / "data/imagenet/searle"
-    paint(root / "data/imagenet/test", *(f"{name}.JPEG" for name in names))
-    searle.mkdir()
-    (root / "data/imagenet/blip_pairs.json").write_text(json.dumps(records))
-    phrases = {"dog": ["a dog runs", "dog and dog"], "hat": ["a hat"], "cat": ["lost"]}
-    (searle / "phrases.json").write_text(json.dumps(phrases))
-    rows = "".join(f"{number},{name},dog,cat,hat\n" for number, name in enumerate(names))
-    (searle / "concepts.csv").write_text(f",Image Name,1,2,3\n{rows}")
+    paint(imagenet / "test", *(f"{name}.JPEG" for name in names))
+    write(imagenet / "blip_pairs.json", records)
+    searle(imagenet, names)
+    shutil.rmtree(imagenet / "searle/words")
     texts = ["A red dog.", "nothing here", "a dog in <PERSON>'s red hat", " "] * 2
     tag = lambda text: [(word, TAGS.get(word, "X")) for word in text.split()]
     (root / "data/lincir").mkdir()
@@ -250,8 +250,8 @@ def home(tmp_path_factory):
         save_model(root / f"runs/blip_cir_{name}/model", model.config, model.params)
     clip = drawn(small(RECIPES["clip_cc3m"]).method)
     save_model(root / "models/clip", clip.config, clip.params)
-    pictures, said = open_gallery(root / "data/imagenet/test"), read_phrases(root / "data/imagenet")
-    write_words(load(root / "models/clip"), pictures, searle / "words", said.of, steps=2)
+    pictures, said = open_gallery(imagenet / "test"), read_phrases(imagenet)
+    write_words(load(root / "models/clip"), pictures, imagenet / "searle/words", said.of, steps=2)
     return root
 
 

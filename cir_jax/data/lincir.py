@@ -31,18 +31,21 @@ def captions(root: str) -> Made:
     rows, faults = [], []
     for place, values in read_table(root):
         try:
-            rows.append((_text(values), tuple(strings(values.get("keys"), SEPARATOR))))
+            rows.append(_read(values))
         except ValueError as error:
             faults.append(f"{place}: {error}")
     refuse(f"{root} cannot be trained on", faults)
     return Made(len(rows), lambda row: _row(*rows[row]))
 
 
-def _text(values: Mapping) -> str:
-    found = string(values.get("text"))
-    if found is None:
+def _read(values: Mapping) -> tuple[str, tuple[str, ...]]:
+    text, keys = string(values.get("text")), values.get("keys")
+    if text is None:
         raise ValueError("`text` is empty")
-    return found
+    try:
+        return text, tuple(strings(keys, SEPARATOR))
+    except ValueError as error:
+        raise ValueError(f"`keys` {error}") from None
 
 
 def _row(caption: str, keys: tuple[str, ...]) -> dict:
