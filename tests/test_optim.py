@@ -1,5 +1,7 @@
 """Rates, groups and clipping against the numbers of the originals, as the specifications print them."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 from cir_jax.config import Optim
 from cir_jax.sharding import path_name
 from cir_jax.training import optim
-from cir_jax.training.checks import LEAST
+from cir_jax.training.checks import LEAST, check_numbers
 
 
 def rates(config: Optim, steps: int, at) -> list[float]:
@@ -146,3 +148,10 @@ def test_clipping_is_of_the_whole_gradient(norm, length):
     _, state = tx.update(grads, tx.init(grads), grads)
     mean = optax.tree.norm(optax.tree.get(state, "mu")) / (1 - Optim.betas[0])
     assert float(mean) == pytest.approx(length, rel=1e-5)
+
+
+@pytest.mark.parametrize("crop", [(0.0, 1.0), (0.5, 0.2), (0.5, 1.5)])
+def test_shares_of_a_picture_that_cannot_be(crop, tiny_experiment):
+    train = dataclasses.replace(tiny_experiment.train, crop=crop)
+    with pytest.raises(ValueError, match=r"train.crop is \(0\.[05], .*; expected two shares"):
+        check_numbers(dataclasses.replace(tiny_experiment, train=train))

@@ -34,6 +34,7 @@ from cir_jax.train import train
 from cir_jax.training import optim
 from cir_jax.training.step import make_init
 from cir_jax.training.words import write_words
+from cir_jax.vectors import Vectors
 
 NAMES = (
     *("blip_cir_fashioniq", "blip_cir_cirr", "blip_rerank_fashioniq", "blip_rerank_cirr"),
@@ -339,3 +340,26 @@ def initial(config) -> dict:
     places = sharding.shardings(jax.eval_shape(init, key(0)), sharding.make_mesh())
     state = jax.jit(init, out_shardings=places)(key(config.train.seed))
     return jax.device_get(optim.join(state["params"], state["frozen"]))
+
+
+@pytest.mark.slow
+def test_words_are_found_again_from_where_they_stopped(inside, tmp_path):
+    clip, pictures = load("models/clip"), open_gallery("data/imagenet/test")
+    phrases = read_phrases("data/imagenet").of
+    options = {"steps": 2, "batch_size": 2, "shard_size": 2}
+
+    def stopping(name):
+        if name == pictures.ids[3]:
+            raise KeyboardInterrupt
+        return phrases(name)
+
+    with pytest.raises(KeyboardInterrupt):
+        write_words(clip, pictures, tmp_path / "words", stopping, **options)
+    write_words(clip, pictures, tmp_path / "words", phrases, **options)
+    write_words(clip, pictures, tmp_path / "once", phrases, **options)
+    words, once = Vectors(tmp_path / "words"), Vectors(tmp_path / "once")
+    assert words.ids == once.ids == pictures.ids and words.fingerprint == clip.fingerprint
+    np.testing.assert_array_equal(words.array(), once.array())
+    assert words.width == clip.config.text.width
+    with pytest.raises(ValueError, match="is no clip"):
+        write_words(load("runs/blip_cir_cirr/model"), pictures, tmp_path / "no", phrases)
