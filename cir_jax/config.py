@@ -22,13 +22,14 @@ MethodConfig = TypeVar("MethodConfig")
 @dataclass(frozen=True)
 class Data:
     """One training set: built in, published in the folder `root`, `pairs` or `triplets` in the table `root`, or
-    `captioned` pictures of the gallery `root`.
+    `captioned` pictures of the gallery `root`, or `captions` without pictures in the table `root`.
 
     `cir_jax.data` has the names; of published sets, `root` may be left out where `$CIR_JAX_DATA/NAME` or `data/NAME` is
     it. An empty `variant` is the usual one.
     `weight` is its number of batches in each round over all training sets: every batch comes from one set only, so
     sets whose queries have different parts (text, picture and text) can train together. `block` consecutive rows of
     the set always share a batch: hard negatives for each other where the set puts what is alike together.
+    Rows with one target are right answers for each other; without `grouped` wrong ones, as in most papers.
     """
 
     name: str
@@ -37,18 +38,52 @@ class Data:
     split: str = "train"
     weight: int = 1
     block: int = 1
+    grouped: bool = True
 
 
 @dataclass(frozen=True)
 class Optim:
-    """AdamW. `frozen` are patterns over whole parameter paths (`text/.*`); frozen parameters keep no moments."""
+    """AdamW; with `weight_decay` 0 it is Adam. Lengths are in steps, numbered from 0.
+
+    Attributes:
+      lr: the learning rate after the warm-up.
+      weight_decay: decoupled: a step takes `lr * weight_decay` of a parameter away.
+      betas: decay of the means of gradients and of their squares.
+      epsilon: added to the root of the latter.
+      warmup: the rate first rises in a straight line over so many steps.
+      warmup_includes: both ends of that line are no step of it: with "zero" its steps have the rates 0, 1/W, … (W-1)/W of
+        `lr` (Hugging Face), with "peak" 1/W, … 1 (open_clip), with "both" 0, 1/(W-1), … 1 (BEiT-3).
+      schedule: how the rate falls from `lr` to `min_lr` after the warm-up; "constant" keeps `lr`.
+      min_lr: the rate at the end.
+      period: steps from `lr` to `min_lr`; 0 for all that follow the warm-up. A run that goes on after a shorter
+        period sees a cosine rise again.
+      hold: so many steps in a row have the rate of their first: those of an epoch, where it is set once an epoch.
+      drops: from each of these steps on, the rate is multiplied by `drop_factor`.
+      drop_factor: see `drops`.
+      clip_norm: longest gradient, over all trained parameters together; None does not clip.
+      decay: what `weight_decay` shrinks: "matrices" spares vectors (biases, norms, class tokens) and scalars.
+      undecayed: patterns over whole parameter paths that `decay` spares too.
+      layer_decay: factor of the rate from each block to the one before: the last block learns at `layer_decay` times
+        the rate of the head, the first of L at its L-th power, embeddings and positions at the (L + 1)-th.
+      frozen: patterns over whole parameter paths (`text/.*`); frozen parameters keep no moments.
+    """
 
     lr: float = 1e-3
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.98)
+    epsilon: float = 1e-8
     warmup: int = 0
-    schedule: Literal["cosine", "constant"] = "cosine"
-    clip_norm: float = 1.0
+    warmup_includes: Literal["zero", "peak", "both"] = "zero"
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    min_lr: float = 0.0
+    period: int = 0
+    hold: int = 1
+    drops: tuple[int, ...] = ()
+    drop_factor: float = 0.1
+    clip_norm: float | None = 1.0
+    decay: Literal["matrices", "all"] = "matrices"
+    undecayed: tuple[str, ...] = ()
+    layer_decay: float = 1.0
     frozen: tuple[str, ...] = ()
 
 
@@ -59,6 +94,13 @@ class Train:
     `batch_size` is the global batch over all processes and devices. `limit` takes only the first rows of each training
     set, for a quick try; 0 takes all. `workers` are the processes that prepare examples for each training set, each with
     a copy of it; 0 prepares in threads of this process, which is as fast until its Python is what takes longest.
+
+    Pictures: `augment` scales, shifts, turns and tints them a little, as befits drawings on white, and leaves words out of
+    offered wordings; `crop` shows a random part, of a share of the area between its two numbers and an aspect ratio of
+    3:4 to 4:3, instead of the part that is always shown later (torchvision's `RandomResizedCrop`); `mirror` every
+    other one the other way round.
+    Order: batches run across the ends of epochs, or with `drop_last` each epoch ends with its last whole batch. Without
+    `reshuffle` every epoch repeats the order of the first; with `drop_last` too, its batches.
     """
 
     steps: int
@@ -68,6 +110,10 @@ class Train:
     save_every: int = 200
     eval_every: int = 200
     augment: bool = True
+    crop: tuple[float, float] | None = None
+    mirror: bool = False
+    drop_last: bool = False
+    reshuffle: bool = True
     export_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     limit: int = 0
     workers: int = 0
@@ -86,9 +132,9 @@ class Experiment(Generic[MethodConfig]):
     """Everything a training run needs.
 
     `evals` are benchmarks as in `Run`; the checkpoint with the best mean of `best` over them is kept.
-    A re-ranker is measured on the 50 best candidates of the model `retriever`. `init` maps a parameter prefix to the
-    checkpoint it starts from, the prefix "" being the whole model, or the path of one parameter to an `.npy` or
-    `.npz` file (`cir_jax.training.warm_start`).
+    A re-ranker is measured on the `k` best candidates of the model `retriever`. `init` maps a parameter prefix to the
+    checkpoint, or part of one, it starts from, the prefix "" being the whole model, or the path of one parameter to an
+    `.npy` or `.npz` file (`cir_jax.training.warm_start`).
     """
 
     method: MethodConfig
@@ -99,6 +145,7 @@ class Experiment(Generic[MethodConfig]):
     init: Mapping[str, str] = field(default_factory=dict)
     evals: tuple[str, ...] = ()
     retriever: str = ""
+    k: int = 50
     best: str = "recall@10"
 
 

@@ -26,14 +26,14 @@ class Arguments:
 
     paths: tyro.conf.Positional[tuple[str, ...]]
     """SOURCE [part=SOURCE …] DEST, or with --export CHECKPOINT DEST.safetensors; parts are the clip=SOURCE of
-    fti4cir, pic2word, searle and lincir and the stage1=SOURCE of blip_rerank"""
+    fti4cir, pic2word, searle and lincir, the stage1=SOURCE of blip_rerank and the bert=SOURCE that maria begins with"""
     method: str | None = None
     """what the checkpoint is: clip, bert, cfir (BEiT-3), maria, blip_cir, blip_itm, blip_rerank, fti4cir, pic2word, searle,
     lincir, magiclens"""
     variant: str | None = None
     """what the file does not tell: the published name of a CLIP (ViT-B/32, ViT-B-32-quickgelu); mean or cls of a BERT;
     cfir or multiway-adapter of a CFIR with adapters; pixels of a BLIP's pictures, if not those of the file; published
-    for a state dict of FTI4CIR"""
+    for a state dict of FTI4CIR; token for Vokenization's model before its training"""
     tokenizer: Path | None = None
     """vocabulary file, if it is neither CLIP's nor in the source's folder"""
     activation: Literal["quick_gelu", "gelu"] | None = None

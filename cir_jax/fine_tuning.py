@@ -17,8 +17,8 @@ def fine_tune(model: str, **changes) -> Experiment:
     follows its recipe, where it has one, more carefully:
       lr: a tenth of the recipe's, without one 1e-5: what the model knows is to be bent, not replaced. The warm-up is a
         tenth of the steps, at most 100, because the optimizer knows nothing yet; then half a cosine down to zero.
-      frozen, weight_decay: the recipe's. Frozen word vectors stay so, or words that the new data lacks would be left
-        behind by those it has.
+      frozen, weight_decay, decay, undecayed: the recipe's. Frozen word vectors stay so, or words that the new data
+        lacks would be left behind by those it has.
       augment: the recipe's, without one none: the changes are made for drawings on white, not for photographs.
       log_every, save_every, eval_every: twenty lines, ten measurements. best: "mrr", the steadiest on few queries.
       export_dtype: that of the model.
@@ -84,6 +84,8 @@ def _gentler(recipe: Mapping, steps: int) -> Optim:
     return Optim(
         lr=float(f"{recipe['lr'] / 10:.3g}") if "lr" in recipe else 1e-5,
         weight_decay=recipe.get("weight_decay", Optim.weight_decay),
+        decay=recipe.get("decay", Optim.decay),
+        undecayed=tuple(recipe.get("undecayed", ())),
         warmup=min(100, steps // 10),
         frozen=tuple(recipe.get("frozen", ())),
     )

@@ -121,6 +121,7 @@ def training_batches(config: Experiment, start: int):
     import jax
 
     from cir_jax.data import training_set
+    from cir_jax.data.augment import Changes
     from cir_jax.data.benchmark import first_rows
     from cir_jax.data.pipeline import train_batches
 
@@ -136,7 +137,9 @@ def training_batches(config: Experiment, start: int):
         start=start,
         process=jax.process_index(),
         processes=jax.process_count(),
-        augmented=config.train.augment,
+        changes=Changes(config.train.augment, config.train.crop, config.train.mirror),
+        drop_last=config.train.drop_last,
+        reshuffle=config.train.reshuffle,
         workers=config.train.workers,
     )
 

@@ -9,6 +9,8 @@ import pyarrow
 from PIL import Image
 from pyarrow import parquet
 
+from cir_jax.vectors import VectorWriter
+
 SIZES = ((50, 40), (40, 40), (33, 77))
 
 
@@ -169,7 +171,21 @@ def imagenet(root: Path) -> None:
         {"img_id": "00000003", "subject": "a close up of a dog", "attribute": ""},
     ]
     write(root / "blip_pairs.json", records)
-    paint(root, *(f"test/ILSVRC2012_test_0000000{number}.JPEG" for number in (1, 2, 3)))
+    names = [f"ILSVRC2012_test_0000000{number}" for number in (1, 2, 3)]
+    paint(root / "test", *(f"{name}.JPEG" for name in names))
+    searle(root, names)
+
+
+def searle(root: Path, names) -> None:
+    """SEARLE's concepts and phrases, of which those of one concept lack it, and words of 8 numbers."""
+    phrases = {"dog": ["a dog runs", "dog and dog"], "hat": ["a hat"], "cat": ["lost", "a cat"]}
+    write(root / "searle/phrases.json", phrases)
+    rows = "".join(f"{number},{name},dog,cat,hat\n" for number, name in enumerate(names))
+    (root / "searle/concepts.csv").write_text(f",Image Name,1,2,3\n{rows}")
+    with VectorWriter(root / "searle/words", fingerprint=None) as writer:
+        rows = np.arange(8 * len(names), dtype=np.float32).reshape(-1, 8)
+        writer.add(rows, [f"{name}.JPEG" for name in names])
+        writer.finish()
 
 
 def openimages(root: Path) -> None:

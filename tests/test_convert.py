@@ -1,6 +1,7 @@
 """Conversion: golden numbers through the real command, every fault in one message, export, and mutations that show."""
 
 import copy
+import dataclasses
 import importlib.util
 import json
 import os
@@ -10,6 +11,7 @@ import numpy as np
 import processes
 import pytest
 import torch_writer
+from flax import traverse_util
 from golden_convert import (
     HUGGING_FACE,
     RESNET,
@@ -24,9 +26,15 @@ from safetensors.numpy import load_file
 from test_methods import INPUTS, drawn
 
 import cir_jax
+from cir_jax.checkpoint import initial_params
 from cir_jax.conversion import clip, rules
+from cir_jax.conversion import maria as maria_files
 from cir_jax.convert import _module, _modules, convert
+from cir_jax.data.emoji import WORDS
+from cir_jax.encoders.bert import BertConfig
+from cir_jax.encoders.resnext import ResnextConfig
 from cir_jax.methods import METHODS
+from cir_jax.methods.maria import maria, vokenization
 
 
 def minilm_folder() -> Path:
@@ -207,15 +215,15 @@ def test_states_of_minilm(minilm):
     np.testing.assert_allclose(states.sum(), -10.2150, atol=2e-4)
 
 
-def bert_tensors(prefix="", names=("weight", "bias")):
+def bert_tensors(prefix="", names=("weight", "bias"), layers=2, positions=16):
     """A tiny BERT under Hugging Face's names."""
     rng, width, hidden = np.random.default_rng(0), 32, 64
     shapes = {
         f"embeddings.{n}_embeddings.weight": (s, width)
-        for n, s in (("word", 30), ("position", 16), ("token_type", 2))
+        for n, s in (("word", 30), ("position", positions), ("token_type", 2))
     }
     norms = ["embeddings.LayerNorm"]
-    for layer in range(2):
+    for layer in range(layers):
         at = f"encoder.layer.{layer}"
         norms += [f"{at}.attention.output.LayerNorm", f"{at}.output.LayerNorm"]
         linears = {f"attention.self.{x}": (width, width) for x in ("query", "key", "value")}
@@ -233,6 +241,57 @@ def bert_folder(folder, tensors, **config):
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(chr(97 + i) for i in range(25))]
     (folder / "vocab.txt").write_text("\n".join(words) + "\n")
     return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("variant", "level"), [(None, "sentence"), ("token", "token")])
+def test_maria_begins_as_a_resnext_and_a_bert(variant, level, tmp_path):
+    """Both are taken over, and the heads are those of a new model."""
+    resnext, text = ResnextConfig((1, 2, 1, 1), 4, 2, 2), BertConfig(30, 80, 32, 4, 2, 64)
+    method = maria(str(WORDS)) if level == "sentence" else vokenization(str(WORDS))
+    method = dataclasses.replace(
+        method, bert=dataclasses.replace(text, dropout=0.0), resnext=resnext
+    )
+    flat = traverse_util.flatten_dict(drawn(method).params, sep="/")
+    flat = {name: x for name, x in flat.items() if name.startswith("resnext")}
+    named = rules.original(flat, maria_files.resnext_rules(resnext))
+    tensors = {name: make() for name, _, make in named}
+    tensors |= {"fc.weight": np.zeros((5, 64), np.float32), "bn1.num_batches_tracked": np.array(3)}
+    source, bert = save(tmp_path / "resnext.safetensors", tensors), tmp_path / "bert"
+    bert_folder(
+        bert,
+        bert_tensors("bert.", layers=4, positions=80) | {"bert.pooler.dense.bias": np.zeros(32)},
+    )
+    options = {"variant": variant, "parts": {"bert": str(bert)}}
+    done = convert(source, tmp_path / "model", "maria", **options)
+    assert len(done.ignored) == 3 and "both heads begin at random (seed 0)" in done.notes[1]
+    model = cir_jax.load(tmp_path / "model")
+    assert (model.config.level, model.config.resnext, model.config.bert.layers) == (
+        level,
+        resnext,
+        4,
+    )
+    found = traverse_util.flatten_dict(model.params, sep="/")
+    convert(bert, tmp_path / "alone", "bert", variant="mean")
+    alone = traverse_util.flatten_dict(cir_jax.load(tmp_path / "alone").params, sep="/")
+    expected = flat | alone
+    for name, x in expected.items():
+        np.testing.assert_array_equal(found[name], x, name)
+    heads = initial_params(model.config, tuple(found.keys() - expected.keys()))
+    assert {name.split("/")[0] for name in heads} == {"text_head", "image_head"}
+    for name, x in heads.items():
+        np.testing.assert_array_equal(found[name], x, name)
+
+
+def test_what_maria_cannot_begin_with(tmp_path):
+    bert = bert_folder(tmp_path / "bert", bert_tensors(layers=4))
+    source = save(tmp_path / "a.safetensors", {"weight": np.zeros(3, np.float32)})
+    for variant, message in (
+        (None, "this is no ResNeXt of torchvision"),
+        ("x", "sentence or token"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            convert(source, tmp_path / "m", "maria", variant=variant, parts={"bert": str(bert)})
 
 
 @pytest.mark.parametrize("old", [False, True])

@@ -117,6 +117,7 @@ def test_what_the_page_says_can_be_done(made, tmp_path, monkeypatch, capsys):
     with tarfile.open("shards/00000.tar", "w") as archive:
         archive.add(made / "coco/val2014/val2014_1.jpg", "0.jpg")
         archive.add(made / "openimages/test.pkl.txt", "0.txt")
+    Path("captions.jsonl").write_text('{"text": "A dog.", "keys": ["a dog"]}\n')
     lines = re.findall(r"^(?:python -m|Run\(|Data\().*", PAGE, re.MULTILINE)
     packed, trained, asked = set(), set(), set()
     for line in lines:
@@ -137,7 +138,11 @@ def test_what_the_page_says_can_be_done(made, tmp_path, monkeypatch, capsys):
             __main__.main(words[3:])
             packed |= {words[3]} if "--dest" in words else set()
     assert packed == {*PUBLISHED, "captioned"}
-    assert trained == {"captioned", *(name for name, each in PUBLISHED.items() if each.pairs)}
+    assert trained == {
+        "captioned",
+        "captions",
+        *(name for name, each in PUBLISHED.items() if each.pairs),
+    }
     assert asked == {name for name in PUBLISHED if PARTS[name][1]} - {"openimages"}, "no answers"
 
 

@@ -15,6 +15,7 @@ from cir_jax.conversion.inversion import original, phi_rules, pic2word_rules
 from cir_jax.data.emoji import VOCABULARY
 from cir_jax.data.images import ImageSpec, crop, prepare
 from cir_jax.data.inputs import Inputs
+from cir_jax.data.lincir import key_words, masked_caption
 from cir_jax.data.text import TextSpec, tokenizer
 from cir_jax.methods import METHODS, build
 from cir_jax.methods.inversion import (
@@ -22,8 +23,6 @@ from cir_jax.methods.inversion import (
     LinCirConfig,
     Pic2WordConfig,
     SearleConfig,
-    key_words,
-    masked_caption,
 )
 from cir_jax.methods.magiclens import Fusion, MagicLensConfig
 from cir_jax.methods.oti import TEMPLATES, invert, phrases_of

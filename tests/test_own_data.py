@@ -29,6 +29,7 @@ from cir_jax.data import (
     own,
     training_set,
 )
+from cir_jax.data.augment import Changes
 from cir_jax.data.benchmark import Benchmark, first_rows, limited
 from cir_jax.data.pipeline import train_batches
 from cir_jax.data.records import open_gallery
@@ -306,9 +307,9 @@ def test_pictures_from_files_are_augmented_like_arrays(shop):
     batches = []
     for image, augmented in ((str(path), True), (path.read_bytes(), True), (pixels, True)):
         raw = {"query": {"texts": ("red",)}, "item": {"image": image}, "group": 0}
-        options = {"batch_size": 2, "seed": 3, "augmented": augmented}
+        options = {"batch_size": 2, "seed": 3, "changes": Changes(augmented)}
         batches.append(next(train_batches([[raw] * 4], [1], INPUTS, **options)))
-    plain = next(train_batches([[raw] * 4], [1], INPUTS, **options | {"augmented": False}))
+    plain = next(train_batches([[raw] * 4], [1], INPUTS, **options | {"changes": Changes(False)}))
     for batch in batches[1:]:
         jax.tree.map(np.testing.assert_array_equal, batch, batches[0])
     assert np.abs(plain["item"]["image"] - batches[0]["item"]["image"]).max() > 0.01

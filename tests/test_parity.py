@@ -8,7 +8,7 @@ from flax import nnx
 from golden_weights import clip_params
 from reference import library
 
-from cir_jax.data.images import ImageSpec
+from cir_jax.data.images import ImageSpec, open_image, random_crop
 from cir_jax.data.inputs import Inputs
 from cir_jax.data.text import TextSpec
 from cir_jax.encoders.clip import TextConfig, VisionConfig
@@ -53,6 +53,32 @@ def openai_tensors(state: dict[str, np.ndarray], layers: dict[str, int]) -> dict
                 out[f"{ours}.mlp.c_fc.{part}"] = state[f"{theirs}.mlp.fc1.{part}"]
                 out[f"{ours}.mlp.c_proj.{part}"] = state[f"{theirs}.mlp.fc2.{part}"]
     return out
+
+
+class Draws:
+    """PyTorch's random numbers behind the two calls of a numpy generator that `random_box` makes."""
+
+    def uniform(self, low, high):
+        return library("torch").empty(1).uniform_(low, high).item()
+
+    def integers(self, stop):
+        return library("torch").randint(0, stop, size=(1,)).item()
+
+
+@pytest.mark.parametrize("share", [(0.08, 1.0), (0.5, 1.0), (0.9, 1.0)])
+@pytest.mark.parametrize("filter", ["bilinear", "bicubic"])
+def test_random_crops_are_torchvisions(share, filter):
+    """The same parts of pictures of all shapes, those too long for any part included, and the same pixels."""
+    torch, transforms = library("torch"), library("torchvision").transforms
+    spec, draw = ImageSpec(size=32, filter=filter), np.random.default_rng(0)
+    mode = transforms.InterpolationMode[filter.upper()]
+    theirs = transforms.RandomResizedCrop(32, scale=share, interpolation=mode)
+    for seed, size in enumerate([(40, 30), (30, 40), (400, 20), (20, 400), (64, 64), (7, 5)] * 5):
+        pixels = draw.integers(0, 255, (*size, 3), np.uint8)
+        torch.manual_seed(seed)
+        expected = np.asarray(theirs(open_image(pixels)))
+        torch.manual_seed(seed)
+        np.testing.assert_array_equal(random_crop(pixels, spec, share, Draws()), expected)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -13,6 +13,8 @@ import jax
 import numpy as np
 import pytest
 
+from cir_jax.data.augment import Changes
+from cir_jax.data.benchmark import Made
 from cir_jax.data.images import ImageSpec
 from cir_jax.data.inputs import Inputs
 from cir_jax.data.pipeline import eval_batches, train_batches
@@ -73,6 +75,84 @@ def test_examples_are_prepared_as_they_are_alone():
     for batch in eval_batches(Asked(45), INPUTS, 20, pad=False):
         alone = [Asked(45)[row] for row in batch.pop("row")]
         same(batch, prepare_batch(alone, INPUTS))
+
+
+class Numbered:
+    """Training pairs of pictures in the colour of their row."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, row):
+        return {"query": {"text": "a"}, "item": {"image": np.full((8, 8, 3), row, np.uint8)}}
+
+
+def seen(steps, count=11, size=4, **options):
+    """The rows of each batch of a training, and its pictures."""
+    plain = Inputs(ImageSpec(size=8, mean=(0, 0, 0), std=(1 / 255,) * 3), TextSpec(length=12))
+    options = {"batch_size": size, "seed": 5, "changes": Changes(False)} | options
+    batches = itertools.islice(train_batches([Numbered(count)], [1], plain, **options), steps)
+    pictures = [batch["item"]["image"] for batch in batches]
+    return [np.rint(each[:, 0, 0, 0]).astype(int).tolist() for each in pictures], pictures
+
+
+def test_epochs_end_with_their_last_whole_batch_or_run_on():
+    rows, _ = seen(9, drop_last=True)
+    epochs = [rows[step] + rows[step + 1] for step in range(0, 8, 2)]
+    assert all(len(set(epoch)) == 8 for epoch in epochs)
+    assert len(set(map(tuple, epochs))) == 4, "another order in each"
+    assert len({frozenset(epoch) for epoch in epochs}) > 1, "and other rows are left out"
+    running = np.concatenate(seen(11)[0]).tolist()
+    assert all(sorted(running[n : n + 11]) == list(range(11)) for n in (0, 11, 22, 33))
+    with pytest.raises(ValueError, match="a data set of 3 rows has no batch of 4"):
+        seen(1, count=3, drop_last=True)
+
+
+def test_without_reshuffle_every_epoch_has_the_batches_of_the_first():
+    """Other random changes, as in the original that does so."""
+    options = {"drop_last": True, "reshuffle": False}
+    rows, _ = seen(6, **options)
+    assert rows[:2] == rows[2:4] == rows[4:]
+    assert rows[2:] == seen(4, start=2, **options)[0]
+    flipped = lambda row: {"query": {"text": "a"}, "item": {"image": PICTURE}}
+    batches = train_batches(
+        [Made(4, flipped)], [1], INPUTS, batch_size=4, seed=0, changes=MIRRORED, **options
+    )
+    first, second, third = (next(batches)["item"]["image"] for _ in range(3))
+    assert not (np.array_equal(first, second) and np.array_equal(second, third))
+
+
+PICTURE = np.random.default_rng(0).integers(0, 255, (8, 8, 3), np.uint8)
+MIRRORED = Changes(augment=False, mirror=True)
+
+
+def test_about_half_of_the_pictures_are_mirrored():
+    raw = {"query": {"text": "a"}, "item": {"image": PICTURE}}
+    options = {"batch_size": 64, "seed": 0, "changes": MIRRORED}
+    shown = next(train_batches([[raw] * 64], [1], INPUTS, **options))["item"]["image"]
+    plain = next(train_batches([[raw] * 64], [1], INPUTS, **{**options, "changes": Changes(False)}))
+    plain = plain["item"]["image"]
+    same_way = (shown == plain).all(axis=(1, 2, 3))
+    assert (shown == plain[:, :, ::-1]).all(axis=(1, 2, 3)).tolist() == (~same_way).tolist()
+    assert 20 < same_way.sum() < 44
+
+
+def test_a_row_may_draw_the_pair_of_a_step():
+    def draw(rng):
+        word = f"w{rng.integers(1000)}"
+        return {"query": {"text": word}, "item": {"text": word}}
+
+    raw = {"query": {"text": "x"}, "item": {"text": "x"}, "draw": draw}
+    batches = train_batches([[raw] * 4], [1], INPUTS, batch_size=4, seed=0)
+    first, second = next(batches), next(batches)
+    for batch in (first, second):
+        same(batch["query"]["text"], batch["item"]["text"])
+    assert (
+        len(np.unique(np.concatenate([first["item"]["text"], second["item"]["text"]]), axis=0)) > 4
+    )
 
 
 @pytest.mark.parametrize("count", [1, 3, 10, 64])

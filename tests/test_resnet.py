@@ -12,6 +12,7 @@ from test_clip import NARROW, products
 from test_methods import INPUTS, made, training_batch
 
 from cir_jax.checkpoint import abstract_params
+from cir_jax.config import Optim
 from cir_jax.encoders.clip import VisionConfig
 from cir_jax.encoders.resnet import ResnetConfig, convolve, pooled
 from cir_jax.methods.clip import Clip, ClipConfig
@@ -74,7 +75,7 @@ def test_batch_statistics_do_not_learn_and_do_not_decay():
     frozen = {name for name in flat if name.endswith(("['mean']", "['variance']"))}
     assert frozen <= held
     assert any("stage1" in name for name in flat.keys() - held)
-    decays = optim.decays(model.params)["image"]["stage1"]["blocks"]["conv1"]
+    decays = optim.decays(model.params, Optim())["image"]["stage1"]["blocks"]["conv1"]
     assert decays["kernel"] and not decays["norm"]["mean"] and not decays["norm"]["variance"]
 
 

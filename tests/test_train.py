@@ -367,7 +367,7 @@ def test_decay_spares_vectors_also_in_stacked_blocks():
         "class_token": np.ones(4),
         "embedding": np.ones((5, 4)),
     }
-    assert optim.decays(params) == {
+    assert optim.decays(params, Optim()) == {
         "blocks": {"ln": {"scale": False}, "up": {"kernel": True}},
         "class_token": False,
         "embedding": True,

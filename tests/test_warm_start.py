@@ -111,6 +111,19 @@ def test_a_model_under_a_prefix(monkeypatch):
         np.testing.assert_array_equal(after[name], source[name], name)
 
 
+def test_a_part_of_a_model_under_a_prefix(saved):
+    """Stage II as its original begins: everything from BLIP, then the text encoder of stage I for its fusion."""
+    init = {"": saved("blip_cir"), "fusion": f"{saved('blip_cir', embed=8)}#text"}
+    _, plain = begun(experiment("blip_rerank", {"": saved("blip_cir")}))
+    _, found = begun(experiment("blip_rerank", init))
+    config = dataclasses.replace(tiny("blip_cir").config, embed=8)
+    fusion = {f"fusion/{name}": x for name, x in flat(other(config)["text"]).items()}
+    assert_same(parameters(found), parameters(plain) | fusion)
+    message = r"has no part 'video'; there are image, image_project, temperature, text"
+    with pytest.raises(ValueError, match=message):
+        begun(experiment("blip_rerank", {"fusion": f"{saved('blip_cir')}#video"}))
+
+
 def test_a_table_may_lack_the_last_rows(tmp_path):
     full = parameters(begun(experiment("clip"))[0])["text/embedding"]
     rows = np.random.default_rng(0).standard_normal(full.shape).astype(np.float16)

@@ -139,7 +139,7 @@ def plan(sources: Mapping[str, Any], options: Options) -> Plan:
     own, notes = network.fields(source.tensors, prefix, source.facts, options)
     place, found = _clip(sources, network.layout)
     variant = None if options.variant == PUBLISHED else options.variant
-    base = clip.plan({"": found}, replace(options, variant=variant, folder=_folder(found)))
+    base = clip.plan({"": found}, replace(options, variant=variant, folder=folder_of(found)))
     place += base.prefix
     inputs = base.config.inputs
     image = replace(inputs.image, **{"resize": "short", "crop_offset": "round", **network.image})
@@ -185,8 +185,8 @@ def _before(tensors: Mapping, anchor: str) -> list[str]:
     ]
 
 
-def _folder(source: Source):
-    """The folder in which a CLIP of Hugging Face says more about itself."""
+def folder_of(source: Source):
+    """The folder in which a model of Hugging Face says more about itself."""
     beside = source.files and source.layout == "hugging face folder"
     return source.files[0].parent if beside else None
 

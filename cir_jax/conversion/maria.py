@@ -1,6 +1,7 @@
 """Maria's retrieval model and Vokenization's (`BEST.pth` of jokieleung/Maria and airsplay/vokenization).
 
-The names of the heads tell which of the two it is; all sizes come from the shapes.
+The names of the heads tell which of the two it is; all sizes come from the shapes. And either as its training begins, from
+torchvision's ResNeXt and Hugging Face's BERT (`bert=SOURCE`), with new heads.
 """
 
 from collections.abc import Mapping
@@ -8,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from cir_jax.conversion import bert
+from cir_jax.conversion.inversion import folder_of
 from cir_jax.conversion.rules import (
     CONV,
     Options,
@@ -19,18 +21,21 @@ from cir_jax.conversion.rules import (
     linear,
     rule,
     shape_of,
+    within,
 )
 from cir_jax.data.text import tokenizer
 from cir_jax.encoders.resnext import ResnextConfig
 from cir_jax.methods.maria import MariaConfig, maria, vokenization
 
 TEXT, IMAGE = "lang_model.backbone.", "visn_model.backbone."
+PARTS = {"maria": ("bert",)}  # further sources
+PUBLISHED = {"sentence": maria, "token": vokenization}
 IGNORED = {
     r".*\.position_ids": "the numbers 0, 1, 2 … of the positions",
     r".*\.token_type_ids": "zeros",
     r".*\.num_batches_tracked": "a count of training steps",
     r"lang_model\.backbone\.pooler\..*": "the pooler is trained for sentence pairs; the heads read the states",
-    r"visn_model\.backbone\.fc\..*": "ImageNet's classes",
+    r"(visn_model\.backbone\.)?fc\..*": "ImageNet's classes",
 }
 NORM = (
     ("weight", "scale"),
@@ -93,7 +98,9 @@ def original(config: MariaConfig) -> tuple[tuple[Rule, ...], dict[str, str]]:
 
 
 def plan(sources: Mapping[str, Any], options: Options) -> Plan:
-    """How to read a checkpoint; arguments and errors as of `cir_jax.conversion.clip.plan`."""
+    """How to read a checkpoint, or {"": a ResNeXt, "bert": a BERT}; errors as of `cir_jax.conversion.clip.plan`."""
+    if "bert" in sources:
+        return _beginning(sources, options)
     source = sources[""]
     names = list(source.tensors)
     outer = common_prefix(names, "module.")
@@ -109,6 +116,38 @@ def plan(sources: Mapping[str, Any], options: Options) -> Plan:
     config = _config(tensors, found[0], layout, source.config or {}, options)
     note = f'level "{config.level}" by the names of the heads'
     return Plan(config, rules(config), layout, IGNORED, outer, (note,))
+
+
+def _beginning(sources: Mapping[str, Any], options: Options) -> Plan:
+    """The model before its training; --variant token is Vokenization's."""
+    tensors, level = sources[""].tensors, options.variant or "sentence"
+    if level not in PUBLISHED:
+        raise ValueError(f"--variant is {level!r}; expected {' or '.join(PUBLISHED)}")
+    if "layer1.0.conv2.weight" not in tensors:
+        raise ValueError(
+            "this is no ResNeXt of torchvision: there is no layer1.0.conv2.weight; with bert=SOURCE the first source is "
+            "one, as resnext101_32x8d-8ba56ff5.pth"
+        )
+    folder = folder_of(sources["bert"])
+    # How a sentence becomes one vector is another method's question.
+    text = bert.plan({"": sources["bert"]}, replace(options, variant="mean", folder=folder))
+    config = replace(
+        PUBLISHED[level](text.config.inputs.text.vocab),
+        bert=replace(text.config.bert, dropout=0.0),
+        resnext=_resnext(tensors, "torchvision's ResNeXt", ""),
+    )
+    fresh = tuple(name for each in _heads(config) for name in each.targets)
+    return Plan(
+        config,
+        (*resnext_rules(config.resnext), *within(text.rules, f"bert.{text.prefix}")),
+        f"torchvision's ResNeXt with {text.layout}",
+        IGNORED | {rf"bert\.(module\.)?({name})": why for name, why in text.ignored.items()},
+        notes=(
+            f'level "{level}"',
+            "both heads begin at random (seed 0); train it before it searches",
+        ),
+        fresh=fresh,
+    )
 
 
 def _config(tensors, level: str, layout: str, said: Mapping, options: Options) -> MariaConfig:
@@ -148,11 +187,11 @@ def _present(tensors, level: str) -> list[str]:
     return made
 
 
-def _resnext(tensors, layout: str) -> ResnextConfig:
-    inner, group_width, *_ = shape_of(tensors, f"{IMAGE}layer1.0.conv2.weight", layout, 4)
+def _resnext(tensors, layout: str, prefix: str = IMAGE) -> ResnextConfig:
+    inner, group_width, *_ = shape_of(tensors, f"{prefix}layer1.0.conv2.weight", layout, 4)
     return ResnextConfig(
-        layers=tuple(layer_count(tensors, f"{IMAGE}layer{n}.") for n in (1, 2, 3, 4)),
-        width=shape_of(tensors, f"{IMAGE}conv1.weight", layout, 4)[0],
+        layers=tuple(layer_count(tensors, f"{prefix}layer{n}.") for n in (1, 2, 3, 4)),
+        width=shape_of(tensors, f"{prefix}conv1.weight", layout, 4)[0],
         groups=max(1, inner // group_width),
         group_width=group_width,
     )

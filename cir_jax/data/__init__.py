@@ -16,11 +16,12 @@ from cir_jax.data import (
     emoji,
     fashioniq,
     imagenet,
+    lincir,
     openimages,
     own,
     packed,
 )
-from cir_jax.data.benchmark import Benchmark, Dataset, limited
+from cir_jax.data.benchmark import Benchmark, Dataset, Made, limited
 from cir_jax.data.records import open_gallery
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ TABLES: dict[str, Callable[[str], Dataset]] = {
     "pairs": own.pairs,
     "triplets": own.triplets,
     "captioned": own.captioned,
+    "captions": lincir.captions,
 }
 
 # name -> function(variant=, split=) of a Benchmark
@@ -104,6 +106,12 @@ def training_set(data: "Data") -> Dataset:
       ValueError: an unknown name, variant or split; the message lists the known ones. A table of
         one's own without its path, or one that cannot be read (`cir_jax.data.own`).
     """
+    found = _training_set(data)
+    alone = lambda row: {part: x for part, x in found[row].items() if part != "group"}
+    return found if data.grouped else Made(len(found), alone)
+
+
+def _training_set(data: "Data") -> Dataset:
     trained = {name: each.pairs for name, each in PUBLISHED.items() if each.pairs}
     make = _known("data set", data.name, DATASETS | TABLES | trained)
     root = data.root or (_usual_root(data.name) if data.name in PUBLISHED else "")

@@ -1,4 +1,7 @@
-"""Random changes to training pictures that keep what they show, left and right included."""
+"""Random changes to training pictures: those of photographs that papers make, and those of the built-in drawings."""
+
+import math
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -8,6 +11,42 @@ TURN = 0.18  # radians
 TINT = 0.15  # strength of each colour, and of all together
 DROPPED_WORDS = 0.15
 WHITE = 255
+ASPECTS = (3 / 4, 4 / 3)  # of a random part of a picture, width by height
+TRIES = 10
+
+
+@dataclass(frozen=True)
+class Changes:
+    """Which changes training makes; the fields of `cir_jax.config.Train` of those names say what they are."""
+
+    augment: bool = True
+    crop: tuple[float, float] | None = None
+    mirror: bool = False
+
+
+OF_DRAWINGS = Changes()
+
+
+def random_box(
+    width: int, height: int, share: tuple[float, float], rng: np.random.Generator
+) -> tuple[int, int, int, int]:
+    """A random part (left, top, right, bottom) of a picture, as torchvision's `RandomResizedCrop` chooses it.
+
+    Args:
+      share: of the picture's area, at least and at most.
+    """
+    for _ in range(TRIES):
+        area = width * height * rng.uniform(*share)
+        aspect = math.exp(rng.uniform(*map(math.log, ASPECTS)))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
+            return int(left), int(top), int(left) + w, int(top) + h
+    # The largest part in the middle that is neither too long nor too high.
+    w = min(width, round(height * ASPECTS[1]))
+    h = min(height, round(width / ASPECTS[0]))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
 
 
 def drop_words(text: str, rng: np.random.Generator) -> str:

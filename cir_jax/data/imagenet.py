@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Literal
 
 from cir_jax import files
-from cir_jax.data import published
+from cir_jax.data import published, searle
 from cir_jax.data.benchmark import Made
 from cir_jax.data.published import Pair
 from cir_jax.data.tables import refuse
@@ -22,8 +22,10 @@ Tagger = Callable[[str], list[tuple[str, str]]]
 
 
 def pairs(root: str, variant: str = "", split: str = "test") -> Made:
-    """Raw training pairs: "subject | attribute" and the picture."""
-    part = published.part("imagenet", root, variant, split, ("blip",), ("test",))
+    """Raw training pairs: "subject | attribute" and the picture; of the variant `searle`, `cir_jax.data.searle`'s."""
+    part = published.part("imagenet", root, variant, split, ("blip", "searle"), ("test",))
+    if part.kind == "searle":
+        return searle.pairs(part)
     file = part.root / "blip_pairs.json"
     shape = {"img_id": str, "subject": str, "attribute": str}
     records = published.read_json(file, [shape])

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, BinaryIO, Literal, TypeAlias
 
 import numpy as np
 
+from cir_jax.data.augment import random_box
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -134,6 +136,24 @@ def crop(image: Source, spec: ImageSpec) -> np.ndarray:
         picture = _padded(picture, spec.target_ratio)
     picture = _centre(_resize(picture, spec), spec)
     return np.asarray(_rgb(picture, spec.background))
+
+
+def random_crop(
+    image: Source, spec: ImageSpec, share: tuple[float, float], rng: np.random.Generator
+) -> np.ndarray:
+    """A random part of a picture as the square that a model reads, `[size, size, 3]` uint8.
+
+    As torchvision's `RandomResizedCrop`: the part is cut out first and then resized with the spec's filter, whatever its
+    aspect ratio. `share` is that of the picture's area, at least and at most.
+    """
+    from PIL import Image
+
+    picture = _upright(open_image(image)) if spec.upright else open_image(image)
+    if spec.convert_first:
+        picture = _rgb(picture, spec.background)
+    part = picture.crop(random_box(*picture.size, share, rng))
+    square = part.resize((spec.size, spec.size), Image.Resampling[spec.filter.upper()])
+    return np.asarray(_rgb(square, spec.background))
 
 
 def prepare(image: Source, spec: ImageSpec) -> np.ndarray:

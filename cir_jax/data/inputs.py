@@ -1,7 +1,8 @@
 """From raw examples to the arrays a model reads: one place for training, embedding, search and evaluation.
 
 A raw query or item is a mapping with some of `image`, `text`, `id`; a prepared one has some of
-`image` [S, S, 3] float32, `text` [L] int32, `text_mask` [L] bool.
+`image` [S, S, 3] float32, `text` [L] int32, `text_mask` [L] bool; items of some training sets also have `token` [D]
+float32, a pseudo-word, which stays as it is.
 """
 
 from collections.abc import Mapping, Sequence
@@ -51,4 +52,6 @@ def prepare_batch(examples: Sequence[Mapping], inputs: Inputs) -> dict[str, np.n
         batch["image"] = prepare_images(examples, inputs)
     if "text" in examples[0]:
         batch |= prepare_texts(examples, inputs)
+    if "token" in examples[0]:
+        batch["token"] = np.stack([np.asarray(e["token"], np.float32) for e in examples])
     return batch

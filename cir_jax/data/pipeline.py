@@ -15,18 +15,19 @@ from collections.abc import Iterator, Mapping, Sequence
 import grain
 import numpy as np
 
-from cir_jax.data.augment import augment, drop_words
+from cir_jax.data.augment import OF_DRAWINGS, Changes, augment, drop_words
 from cir_jax.data.benchmark import Dataset
-from cir_jax.data.images import crop
+from cir_jax.data.images import ImageSpec, crop, random_crop
 from cir_jax.data.inputs import Inputs, prepare_batch
 
 
 def _examples(
-    raws: Sequence[Mapping], rng: np.random.Generator, inputs: Inputs, augmented: bool
+    raws: Sequence[Mapping], rng: np.random.Generator, inputs: Inputs, changes: Changes
 ) -> dict:
     """Arrays of training pairs."""
+    raws = [raw["draw"](rng) if "draw" in raw else raw for raw in raws]
     pairs = [
-        {part: _drawn(raw[part], rng, inputs, augmented) for part in ("query", "item")}
+        {part: _drawn(raw[part], rng, inputs, changes) for part in ("query", "item")}
         for raw in raws
     ]
     batch = {part: prepare_batch([pair[part] for pair in pairs], inputs) for part in pairs[0]}
@@ -35,20 +36,29 @@ def _examples(
     return batch
 
 
-def _drawn(side: Mapping, rng: np.random.Generator, inputs: Inputs, augmented: bool) -> dict:
-    """One side of a pair as this step shows it: one of its wordings, its picture changed a little."""
+def _drawn(side: Mapping, rng: np.random.Generator, inputs: Inputs, changes: Changes) -> dict:
+    """One side of a pair as this step shows it: one of its wordings, its picture changed."""
     values = dict(side)
     if "texts" in values:
         texts = values.pop("texts")
         values["text"] = texts[rng.integers(len(texts))]
-        if augmented:
+        if changes.augment:
             values["text"] = drop_words(values["text"], rng)
-    if augmented and "image" in values:
-        image = values["image"]
-        # A file is decoded and cut first: what would be cut off later shall not be computed.
-        pixels = image if isinstance(image, np.ndarray) else crop(image, inputs.image)
-        values["image"] = augment(pixels, rng)
+    if "image" in values:
+        values["image"] = _changed(values["image"], inputs.image, rng, changes)
     return values
+
+
+def _changed(image, spec: ImageSpec, rng: np.random.Generator, changes: Changes):
+    """A picture, changed; where nothing changes it, as it is."""
+    if changes.crop:
+        image = random_crop(image, spec, changes.crop, rng)
+    elif (changes.mirror or changes.augment) and not isinstance(image, np.ndarray):
+        # A file is decoded and cut first: what would be cut off later shall not be computed.
+        image = crop(image, spec)
+    if changes.mirror and rng.random() < 0.5:
+        image = np.ascontiguousarray(image[:, ::-1])
+    return augment(image, rng) if changes.augment else image
 
 
 class _Blocks:
@@ -89,15 +99,19 @@ def _stream(
     start,
     process,
     processes,
-    augmented,
+    changes,
+    drop_last,
+    reshuffle,
     workers,
 ):
     """Batches of one data set, from its own batch number `start` on."""
-    transform = lambda raws, rng: _examples(raws, rng, inputs, augmented)
-    blocks = grain.MapDataset.source(_Blocks(dataset, block)).seed(seed)
-    # The transform belongs to the endless data set: its random numbers are the block's, whoever computes it.
-    blocks = blocks.shuffle().repeat(None).random_map(transform)
+    transform = lambda raws, rng: _examples(raws, rng, inputs, changes)
     size = batch_size // block
+    blocks = grain.MapDataset.source(_Blocks(dataset, block)).seed(seed).shuffle()
+    if drop_last:
+        blocks = blocks[: len(blocks) // size * size]
+    # The transform belongs to the endless data set: its random numbers are the block's, whoever computes it.
+    blocks = blocks.repeat(None, reseed_each_epoch=reshuffle).random_map(transform)
     part = grain.MapDataset.source(_Part(blocks, start, size, process, processes))
     elements = _ahead(part, max(2, 256 // block), workers)
     return iter(elements.batch(size // processes, drop_remainder=True).map(_joined))
@@ -159,16 +173,21 @@ def train_batches(
     start: int = 0,
     process: int = 0,
     processes: int = 1,
-    augmented: bool = True,
+    changes: Changes = OF_DRAWINGS,
+    drop_last: bool = False,
+    reshuffle: bool = True,
     workers: int = 0,
 ) -> Iterator[dict]:
     """Endless batches from step `start`: `{"query": {…}, "item": {…}}` with this process's rows.
 
     Args:
-      datasets: of raw pairs `{"query": …, "item": …, "group": int}`; `texts` offers several wordings, one is drawn.
+      datasets: of raw pairs `{"query": …, "item": …, "group": int}`; `texts` offers several wordings, one is drawn. A row
+        may also have `draw`, a function of a numpy generator that gives the pair that a step sees.
       weights: batches of each data set per round (`turns`).
       blocks: per data set, how many of its consecutive rows stay together in a batch; empty: one each.
       batch_size: rows of the global batch; must divide by `processes` times every block.
+      changes: what happens to pictures and wordings.
+      drop_last, reshuffle: as the fields of `cir_jax.config.Train`.
       workers: processes that prepare the examples of each data set, 0 for threads; close the iterator to end them.
     """
     blocks = blocks or [1] * len(datasets)
@@ -178,8 +197,10 @@ def train_batches(
             f"{processes} processes"
         )
     for dataset, block in zip(datasets, blocks):
-        if len(dataset) < block:
-            raise ValueError(f"a data set of {len(dataset)} rows has no block of {block}")
+        least = batch_size if drop_last else block
+        if len(dataset) // block * block < least:
+            what = "batch" if drop_last else "block"
+            raise ValueError(f"a data set of {len(dataset)} rows has no {what} of {least}")
     if min(weights) < 1:
         raise ValueError(f"data weights {list(weights)}: each must be at least 1")
     order = turns(weights)
@@ -195,7 +216,9 @@ def train_batches(
             start=done[number],
             process=process,
             processes=processes,
-            augmented=augmented,
+            changes=changes,
+            drop_last=drop_last,
+            reshuffle=reshuffle,
             workers=workers,
         )
         for number, dataset in enumerate(datasets)

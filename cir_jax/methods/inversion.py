@@ -161,6 +161,15 @@ class Inversion(nnx.Module):
         )
         self.config = config
 
+    @staticmethod
+    def training_item(config) -> set[str]:
+        """What an item needs for the loss of the config's paper, where queries have no reference picture."""
+        if isinstance(config, LinCirConfig):
+            return {"text"}
+        searle = isinstance(config, SearleConfig)
+        parts = {"token": searle and config.distillation, "text": searle and config.phrases}
+        return {"image"} | {name for name, weight in parts.items() if weight}
+
     def tokens(self, features: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """The pseudo-words `[B, 1, width]` of CLIP's features `[B, embed]`, which are not normalised."""
         return self.mapper(features, key)[:, None]
@@ -269,51 +278,3 @@ def needed(batch, side: str, part: str) -> jax.Array:
             f"the loss reads `{part}` of each {side}; this batch has {', '.join(sorted(batch[side]))}"
         )
     return batch[side][part]
-
-
-# ---- LinCIR's training texts ----
-
-KEY_TAGS = ("NOUN", "PROPN", "ADJ", "DET")
-
-
-def key_words(words, tags) -> list[str]:
-    """The longest runs of words with a tag (universal part of speech) of `KEY_TAGS`, joined by spaces."""
-    found, run = [], []
-    for word, tag in [*zip(words, tags, strict=True), ("", "")]:
-        if tag in KEY_TAGS:
-            run.append(word)
-        elif run:
-            found.append(" ".join(run))
-            run = []
-    return found
-
-
-def masked_caption(caption: str, keys, rng, star: str = "$") -> tuple[str, str]:
-    """(caption as trained on, the same with a star in place of every key word).
-
-    Original: navervision/lincir `loader.py`, replaces a key word inside other words too, and at the first one that is
-    not in the caption a random word instead of it and of all that follow.
-
-    Args:
-      caption: raw.
-      keys: from `key_words` on the cleaned caption.
-      rng: numpy generator.
-      star: the placeholder.
-    """
-    caption = " ".join(cleaned_caption(caption, star).split())
-    masked, mark = caption, f" {star} "
-    for key in keys or [None]:
-        if key is None or key not in masked:
-            words = masked.split()
-            if words:
-                words[rng.integers(len(words))] = star
-            masked = " ".join(words)
-            break
-        masked = masked.replace(key, mark)
-    masked = " ".join(masked.split())
-    return caption, masked if star in masked else f"a photo of {star}"
-
-
-def cleaned_caption(caption: str, star: str = "$") -> str:
-    """Lower case, without stars, and with a word for the corpus's stand-in for names."""
-    return caption.lower().replace(star, "").replace("<person>", "person")

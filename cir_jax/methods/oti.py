@@ -4,6 +4,7 @@ A pseudo-word of its own is learned for each picture, so that prompts with it re
 those with a concept that the picture shows. Slow, and the teacher of SEARLE's mapping network.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -94,37 +95,40 @@ def invert(
 
     Args:
       method: whose CLIP, star and prompts are used; its mapping network is not.
-      features: `[N, embed]`, CLIP's of the pictures.
+      features: `[N, embed]`, CLIP's of the pictures; only their directions count.
       key: of the first words and of the templates and phrases that each step draws.
       phrases: for each picture, (phrase, concept in it); None asks only for likeness with the picture.
       steps, lr, weight_decay: of AdamW.
       decay: of the running mean, which begins at the first words.
       phrase_weight: of the loss on phrases against that on pictures.
     """
-    graph, params = nnx.split(method)
     said = None if phrases is None else phrases_of(method, phrases)
     star = f" {method.config.star} "
     templates = tokenizer(method.config.inputs.text)([each.format(star) for each in TEMPLATES])[0]
     width = method.config.text.width
     start = 0.02 * jax.random.normal(key, (len(features), width), features.dtype)
-    optimizer = optax.adamw(lr, weight_decay=weight_decay)
+    graph, params = nnx.split(method)
+    given = params, start, features, templates, said, key
+    return _inverted(*given, graph, steps, lr, weight_decay, decay, phrase_weight)
 
-    @jax.jit
-    def run(params, features, said):
-        method = nnx.merge(graph, params)
 
-        def step(state, number):
-            tokens, mean, moments = state
-            drawn = jax.random.fold_in(key, number)
-            loss = lambda x: step_loss(method, x, features, templates, said, phrase_weight, drawn)
-            updates, moments = optimizer.update(jax.grad(loss)(tokens), moments, tokens)
-            tokens = optax.apply_updates(tokens, updates)
-            return (tokens, decay * mean + (1 - decay) * tokens, moments), None
+@functools.partial(jax.jit, static_argnums=range(6, 12))
+def _inverted(
+    params, start, features, templates, said, key, graph, steps, lr, weight_decay, decay, weight
+):
+    """`invert` from the words `start` on."""
+    method, optimizer = nnx.merge(graph, params), optax.adamw(lr, weight_decay=weight_decay)
 
-        first = (start, start, optimizer.init(start))
-        return jax.lax.scan(step, first, jnp.arange(1, steps + 1))[0][1]
+    def step(state, number):
+        tokens, mean, moments = state
+        drawn = jax.random.fold_in(key, number)
+        loss = lambda x: step_loss(method, x, features, templates, said, weight, drawn)
+        updates, moments = optimizer.update(jax.grad(loss)(tokens), moments, tokens)
+        tokens = optax.apply_updates(tokens, updates)
+        return (tokens, decay * mean + (1 - decay) * tokens, moments), None
 
-    return run(params, features, said)
+    first = (start, start, optimizer.init(start))
+    return jax.lax.scan(step, first, jnp.arange(1, steps + 1))[0][1]
 
 
 def step_loss(method, tokens, features, templates, said: Phrases | None, phrase_weight, key):

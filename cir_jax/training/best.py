@@ -46,8 +46,8 @@ class Best:
         """Metrics of a state on every benchmark of `evals`; the state is kept if their mean is the best so far."""
         params = sharding.gather(optim.join(state["params"], state["frozen"]))
         model = Model(self.config.method, self.graph, params)
-        retriever = self.config.retriever
-        results = {n: measure(model, n, retriever, work=self.work) for n in self.config.evals}
+        retriever, k = self.config.retriever, self.config.k
+        results = {n: measure(model, n, retriever, k, self.work) for n in self.config.evals}
         score = (
             float(np.mean([r[self.config.best] for r in results.values()]))
             if results

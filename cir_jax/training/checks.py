@@ -14,10 +14,17 @@ LEAST = {  # field -> the smallest value it may have
     "train.eval_every": 1,
     "train.limit": 0,
     "train.workers": 0,
+    "k": 1,
     "optim.lr": 0,
     "optim.weight_decay": 0,
+    "optim.epsilon": 0,
     "optim.warmup": 0,
+    "optim.min_lr": 0,
+    "optim.period": 0,
+    "optim.hold": 1,
+    "optim.drop_factor": 0,
     "optim.clip_norm": 0,
+    "optim.layer_decay": 0,
     "mesh.fsdp": 1,
     "mesh.tensor": 1,
 }
@@ -29,8 +36,11 @@ def check_numbers(config: Experiment) -> None:
     wrong = [
         f"{name} is {value}; it must be at least {LEAST[name]}"
         for name, value in values.items()
-        if not LEAST[name] <= value < math.inf
+        if value is not None and not LEAST[name] <= value < math.inf
     ]
+    crop = config.train.crop
+    if crop and not 0 < crop[0] <= crop[1] <= 1:
+        wrong.append(f"train.crop is {crop}; expected two shares of an area, above 0 and up to 1")
     if wrong:
         raise ValueError("\n  ".join(wrong))
 
@@ -107,6 +117,8 @@ def check_parts(datasets, config: Experiment) -> None:
                 f"the queries of {data.root or data.name} consist of {found}; {name} takes {', or '.join(wanted)}"
             )
         needed, item = kinds_of(config.method, "item")[0], dataset[0]["item"] if query else {}
+        if "image" not in parts and hasattr(METHODS[name][1], "training_item"):
+            needed = METHODS[name][1].training_item(config.method)
         if query and needed - item.keys():
             raise ValueError(
                 f"the items of {data.root or data.name} have {' and '.join(sorted(item))}; {name} needs "

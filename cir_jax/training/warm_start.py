@@ -16,13 +16,14 @@ from cir_jax.training import optim
 def warm_start(state, config: Experiment):
     """The first state of a run with the parts that `config.init` names taken from elsewhere.
 
-    An entry `prefix: source` may name a model, whose parameters are put under the prefix ("" is the whole model); a
+    An entry `prefix: source` may name a model, whose parameters are put under the prefix ("" is the whole model), or
+    `MODEL#PART`, of which those below PART are (`{"fusion": "runs/stage1/model#text"}`); later entries win. Or a
     `.npy` file (or `.npz` with an array `rows`), which becomes the parameter of that path or, if it has fewer rows, its
     first rows; or for "" a model of
     another method that this one says how to start from (`starts`).
 
     Raises:
-      ValueError: the source has parameters for which this model has no place of that shape.
+      ValueError: the source has parameters for which this model has no place of that shape, or lacks the part.
     """
     params = optim.join(state["params"], state["frozen"])
     places = jax.tree.map(lambda x: x.sharding, params)
@@ -37,16 +38,27 @@ def _started(params, prefix: str, source: str, method):
     """The parameters with those of one entry of `init`."""
     if Path(source).suffix in (".npy", ".npz"):
         return _replaced(params, {prefix: _table(params, prefix, source)}, source)
-    model = load(source)
+    folder, _, part = source.partition("#")
+    model = load(folder)
     starts = getattr(METHODS[method_name(method)][1], "starts", {})
-    if not prefix and type(model.config) in starts:
+    if not prefix and not part and type(model.config) in starts:
         theirs = traverse_util.flatten_dict(
             starts[type(model.config)](params, model.params), sep="/"
         )
     else:
-        theirs = traverse_util.flatten_dict(model.params, sep="/")
+        theirs = _below(part, traverse_util.flatten_dict(model.params, sep="/"), folder)
         theirs = {f"{prefix}/{name}" if prefix else name: x for name, x in theirs.items()}
     return _replaced(params, theirs, source)
+
+
+def _below(part: str, params: dict, source: str) -> dict:
+    """Parameters by path, or of those below a part with the rest of their paths."""
+    start = f"{part}/" if part else ""
+    found = {n.removeprefix(start): x for n, x in params.items() if n.startswith(start)}
+    if not found:
+        parts = sorted({name.partition("/")[0] for name in params})
+        raise ValueError(f"init: {source} has no part {part!r}; there are {', '.join(parts)}")
+    return found
 
 
 def _table(params, name: str, source: str) -> np.ndarray:
