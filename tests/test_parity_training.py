@@ -1,0 +1,358 @@
+"""Twenty optimiser steps beside PyTorch's: every loss with its optimiser, from the same weights on the same batches.
+
+Small random networks, float32, no dropout. Needs `torchscale` beside the extra `[parity]`, as `.ci/run` installs it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import golden_inversion as golden
+import jax
+import numpy as np
+import optax
+import pytest
+from flax import traverse_util
+
+from cir_jax.checkpoint import abstract_params
+from cir_jax.config import Optim
+from cir_jax.conversion import beit3, blip, clip, inversion, maria, rules
+from cir_jax.data.images import ImageSpec
+from cir_jax.data.inputs import Inputs
+from cir_jax.data.text import TextSpec
+from cir_jax.encoders.beit3 import Beit3Config
+from cir_jax.encoders.bert import BertConfig
+from cir_jax.encoders.clip import TextConfig, VisionConfig
+from cir_jax.encoders.resnext import ResnextConfig
+from cir_jax.encoders.vit import VitConfig
+from cir_jax.methods.blip_cir import BlipCirConfig
+from cir_jax.methods.blip_rerank import BlipRerankConfig
+from cir_jax.methods.cfir import CfirConfig
+from cir_jax.methods.clip import ClipConfig
+from cir_jax.methods.maria import FROZEN, MariaConfig
+from cir_jax.training import optim
+from cir_jax.training.step import make_step
+
+try:
+    import originals
+    import torch
+except ImportError:  # the tests are not selected then
+    originals = torch = None
+
+pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
+STEPS, BATCHES, ROWS, LENGTH, WORDS, SIZE = 20, 4, 6, 12, 60, 32
+INPUTS = Inputs(image=ImageSpec(size=SIZE), text=TextSpec(length=LENGTH))
+
+
+@dataclass
+class Case:
+    """A method of ours with its optimiser, and the original's side.
+
+    `table` is the converter's; `make` gives the network, `loss` its loss of (network, query, item), `optimizer` of the
+    parameters that it trains (optimizer, function that sets the learning rates before a step); `clip` bounds the norm
+    of its gradients. `composed` queries have a picture besides their text.
+    """
+
+    method: Any
+    optim: Optim
+    table: tuple
+    make: Callable
+    loss: Callable
+    optimizer: Callable
+    clip: float | None = None
+    composed: bool = False
+
+
+# ---- both sides ----
+
+
+def batches(composed):
+    """A few batches of random texts, with end and padding, and pictures; a `composed` query also has a picture."""
+    draw = np.random.default_rng(0)
+    for _ in range(BATCHES):
+        ids = draw.integers(5, WORDS - 2, (ROWS, LENGTH)).astype(np.int32)
+        ends = draw.integers(2, LENGTH, (ROWS, 1))
+        ids[:, 0], mask = 2, np.arange(LENGTH) <= ends
+        np.put_along_axis(ids, ends, WORDS - 2, 1)  # for CLIP the largest
+        images = draw.normal(size=(2, ROWS, SIZE, SIZE, 3)).astype(np.float32)
+        query = {"text": np.where(mask, ids, 0), "text_mask": mask}
+        reference = {"image": images[0]} if composed else {}
+        yield {"query": query | reference, "item": {"image": images[1]}}
+
+
+def carried(table, shapes, tensors):
+    """Arrays under the original's names at the places of our parameters, by the converter's table."""
+    wanted = {name for each in table for name in each.names(shapes)}
+    tensors = golden.Tensors({n: x for n, x in tensors.items() if n in wanted})
+    params, _ = rules.convert(tensors, rules.Plan(None, table, "the original's"), shapes)
+    return params
+
+
+def watched(tx):
+    """The optimiser, with the gradients that it was given last in its state."""
+    init = lambda params: (tx.init(params), params)
+
+    def update(grads, state, params=None):
+        updates, inner = tx.update(grads, state[0], params)
+        return updates, (inner, grads)
+
+    return optax.GradientTransformation(init, update)
+
+
+def ours(case, params, batches):
+    """Losses of all steps, and the gradients of the first."""
+    graph, _ = abstract_params(case.method)
+    tx = watched(optim.optimizer(case.optim, STEPS))
+    trained, frozen = split(case, params)
+    state = {"params": trained, "frozen": frozen, "opt": tx.init(trained)}
+    step, losses = jax.jit(make_step(graph, tx, seed=0)), []
+    for number in range(STEPS):
+        state, metrics = step(state, batches[number % BATCHES], np.int32(number))
+        losses.append(float(metrics["loss"]))
+        if number == 0:
+            first = flat(state["opt"][1])
+    return np.array(losses), first
+
+
+def split(case, params):
+    return optim.split_frozen(traverse_util.unflatten_dict(params, sep="/"), case.optim.frozen)
+
+
+def flat(tree):
+    return {k: np.asarray(x) for k, x in traverse_util.flatten_dict(tree, sep="/").items()}
+
+
+def theirs(case, network, batches):
+    """Losses, gradients and weights of all steps, the last two by name; the weights those behind the step."""
+    trained = [x for x in network.parameters() if x.requires_grad]
+    optimizer, set_rates = case.optimizer(network, trained)
+    losses, gradients, weights = [], [], []
+    for step in range(STEPS):
+        set_rates(step)
+        optimizer.zero_grad()
+        value = case.loss(network, **batches[step % BATCHES])
+        value.backward()
+        gradients.append({n: copied(x.grad, x) for n, x in network.named_parameters()})
+        if case.clip:
+            torch.nn.utils.clip_grad_norm_(trained, case.clip)
+        optimizer.step()
+        losses.append(value.item())
+        weights.append(state_of(network))
+    return np.array(losses), gradients, weights
+
+
+def copied(gradient, x):
+    """A gradient that is none is zero."""
+    return np.zeros(x.shape, np.float32) if gradient is None else gradient.numpy().copy()
+
+
+def state_of(network):
+    return {n: x.detach().numpy().copy() for n, x in network.state_dict().items()}
+
+
+def tensors(tree):
+    return jax.tree.map(torch.from_numpy, tree)
+
+
+# ---- the cases ----
+
+
+def clip_case():
+    method = ClipConfig(
+        VisionConfig(SIZE, 16, 64, 2, 2), TextConfig(WORDS, LENGTH, 32, 2, 2), 16, inputs=INPUTS
+    )
+    rate, decay, warmup = 1e-3, 0.2, 4
+
+    def optimizer(network, trained):
+        groups = [
+            {"params": [x for x in trained if x.ndim > 1], "weight_decay": decay},
+            {"params": [x for x in trained if x.ndim < 2], "weight_decay": 0.0},
+        ]
+        made = torch.optim.AdamW(groups, rate, betas=(0.9, 0.98))
+        scheduler = originals.library("transformers").get_cosine_schedule_with_warmup
+        return made, originals.by_library(scheduler(made, warmup, STEPS))
+
+    return Case(
+        method,
+        Optim(lr=rate, weight_decay=decay, warmup=warmup, clip_norm=1e9),
+        clip.original(method)[0],
+        partial(originals.clip, method),
+        originals.clip_loss,
+        optimizer,
+    )
+
+
+IMAGE = VitConfig(SIZE, 16, 48, 2, 4)
+TEXT = BertConfig(WORDS, LENGTH, 32, 2, 4, hidden=64, types=0, image_width=48, dropout=0.0)
+
+
+def blip_case(config, make, loss, frozen, steps_per_epoch, period):
+    """Candidate-Reranking's optimiser: one group of all that trains, all of it decayed."""
+    rate, decay = 1e-3, 0.05
+
+    def optimizer(network, trained):
+        made = torch.optim.AdamW(trained, rate, weight_decay=decay)
+        return made, originals.per_epoch_cosine(made, steps_per_epoch, period, rate)
+
+    return Case(
+        config,
+        Optim(lr=rate, weight_decay=decay, betas=(0.9, 0.999), clip_norm=1e9, frozen=frozen),
+        blip.original(config)[0],
+        partial(make, config),
+        loss,
+        optimizer,
+        composed=True,
+    )
+
+
+def stage1_case():
+    """Two steps an epoch; as on CIRR, more epochs than the period of the schedule."""
+    config = BlipCirConfig(IMAGE, TEXT, 16, inputs=INPUTS)
+    frozen = ("image/.*", "image_project/.*")
+    return blip_case(config, originals.stage1, originals.stage1_loss, frozen, 2, 8)
+
+
+def stage2_case():
+    config = BlipRerankConfig(IMAGE, TEXT, 1, inputs=INPUTS)
+    frozen = ("image/.*", "fusion/.*")
+    return blip_case(config, originals.stage2, originals.stage2_loss, frozen, 2, 16)
+
+
+def cfir_case():
+    encoder = Beit3Config(SIZE, 16, WORDS, LENGTH, 32, 3, 4, 64)
+    method = CfirConfig(encoder, inputs=INPUTS)
+    rate, least, decay, layer_decay, warmup = 2e-3, 1e-6, 0.05, 0.65, 5
+
+    def optimizer(network, trained):
+        groups = originals.beit3_groups(network, encoder.layers, layer_decay, decay)
+        made = torch.optim.AdamW(groups, rate)
+        table = originals.cosine_table(rate, least, warmup, STEPS)
+        return made, originals.by_table(made, table)
+
+    return Case(
+        method,
+        Optim(lr=rate, weight_decay=decay, betas=(0.9, 0.999), clip_norm=1e9, warmup=warmup),
+        beit3.original(method)[0],
+        partial(originals.beit3, encoder),
+        originals.beit3_loss,
+        optimizer,
+    )
+
+
+def maria_method(**changes):
+    text = BertConfig(WORDS, LENGTH, 32, 2, 4, hidden=64, dropout=0.0)
+    image = ResnextConfig((1, 1, 1, 1), groups=4, group_width=4)
+    return MariaConfig(text, image, text_layers=2, dropout=0.0, inputs=INPUTS, **changes)
+
+
+def maria_case():
+    method = maria_method(hidden=(32, 32), embed=16, summed=True)
+    rate = 1e-3
+
+    def optimizer(network, trained):
+        return torch.optim.Adam(trained, rate), lambda step: None
+
+    return Case(
+        method,
+        Optim(lr=rate, weight_decay=0.0, betas=(0.9, 0.999), clip_norm=5.0, frozen=FROZEN, schedule="constant"),
+        maria.original(method)[0],
+        partial(originals.maria, method),
+        partial(originals.maria_loss, text_layers=2),
+        optimizer,
+        clip=5.0,
+    )
+
+
+def vokenization_case():
+    method = maria_method(level="token", hidden=(32,), embed=16)
+    rate, decay, warmup = 1e-3, 0.01, 4
+
+    def optimizer(network, trained):
+        names = {x: n for n, x in network.named_parameters()}
+        undecayed = lambda x: any(part in names[x] for part in ("bias", "LayerNorm.weight"))
+        groups = [
+            {"params": [x for x in trained if not undecayed(x)], "weight_decay": decay},
+            {"params": [x for x in trained if undecayed(x)], "weight_decay": 0.0},
+        ]
+        made = originals.BertAdamW(groups, rate, decay)
+        scheduler = originals.library("transformers").get_linear_schedule_with_warmup
+        return made, originals.by_library(scheduler(made, warmup, STEPS))
+
+    return Case(
+        method,
+        Optim(lr=rate, weight_decay=decay, betas=(0.9, 0.999), clip_norm=5.0, frozen=FROZEN, warmup=warmup),
+        maria.original(method)[0],
+        partial(originals.maria, method),
+        partial(originals.vokenization_loss, text_layers=2),
+        optimizer,
+        clip=5.0,
+    )
+
+
+CASES = {
+    "clip": clip_case,
+    "blip_cir": stage1_case,
+    "blip_rerank": stage2_case,
+    "cfir": cfir_case,
+    "maria": maria_case,
+    "vokenization": vokenization_case,
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def run(request):
+    """(case, shapes of our parameters, what ours and the original's side did)."""
+    case = CASES[request.param]()
+    given = list(batches(case.composed))
+    shapes = {k: x.shape for k, x in flat_shapes(case.method).items()}
+    network = case.make()
+    before = carried(case.table, shapes, state_of(network))
+    return case, shapes, before, ours(case, before, given), theirs(case, network, tensors(given))
+
+
+def flat_shapes(method):
+    return traverse_util.flatten_dict(abstract_params(method)[1], sep="/")
+
+
+def test_losses_follow(run, capsys):
+    _, _, _, (found, _), (expected, *_) = run
+    apart = np.abs(found - expected) / np.abs(expected)
+    moved = np.abs(expected[-BATCHES:] / expected[:BATCHES] - 1)
+    with capsys.disabled():
+        print(f"\nlosses {expected[0]:.4f} to {expected[-1]:.4f}, apart by {apart.max():.1e}, moved {moved.min():.2f}")
+    assert moved.min() > 0.02  # the same batch, a few rounds later
+    assert apart.max() <= 1e-4
+
+
+def test_first_gradients(run):
+    case, shapes, _, (_, found), (_, gradients, _) = run
+    expected = carried(case.table, shapes, gradients[0])
+    largest = max(np.abs(expected[name]).max() for name in found)
+    for name, x in found.items():
+        assert expected[name].any() or not x.any(), name
+        # Keys' biases have none but for rounding.
+        atol = 1e-5 * max(np.abs(expected[name]).max(), 1e-2 * largest)
+        np.testing.assert_allclose(x, expected[name], rtol=0, atol=atol, err_msg=name)
+
+
+def test_every_update_from_their_gradients(run):
+    """Ours, given the gradients of the original's side at every step, changes every parameter as it did."""
+    case, shapes, before, _, (_, gradients, weights) = run
+    params, frozen = split(case, before)
+    tx = optim.optimizer(case.optim, STEPS)
+    state = tx.init(params)
+    update = jax.jit(tx.update)
+    for step in range(STEPS):
+        given, _ = split(case, carried(case.table, shapes, gradients[step]))
+        updates, state = update(given, state, params)
+        params = optax.apply_updates(params, updates)
+        expected = carried(case.table, shapes, weights[step])
+        for name, x in flat(params).items():
+            change = np.abs(expected[name] - before[name]).max()
+            atol = 1e-4 * change + 2e-7 * np.abs(before[name]).max()
+            np.testing.assert_allclose(
+                x, expected[name], rtol=0, atol=atol, err_msg=f"{name}, step {step}"
+            )
+    for name, x in flat(frozen).items():
+        np.testing.assert_array_equal(x, expected[name], err_msg=name)
