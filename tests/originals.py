@@ -181,7 +181,10 @@ def two_branches(config, merges):
 
     config = blip_text_config(config)
     layer = nn.Module()
-    layer.intermediate, layer.output = blip.BlipTextIntermediate(config), blip.BlipTextOutput(config)
+    layer.intermediate, layer.output = (
+        blip.BlipTextIntermediate(config),
+        blip.BlipTextOutput(config),
+    )
     for name, looks in (("attention", False), ("crossattention", True)):
         both = nn.Module()
         both.output = nn.Module()
@@ -200,7 +203,10 @@ def two_branches(config, merges):
 def branch(attention, number, letter):
     """(attention, its output layer, its norm) of one branch."""
     out = attention.output
-    return (getattr(attention, f"self{number}"), *(getattr(out, n) for n in (f"dense{number}", f"LayerNorm{letter}")))
+    return (
+        getattr(attention, f"self{number}"),
+        *(getattr(out, n) for n in (f"dense{number}", f"LayerNorm{letter}")),
+    )
 
 
 def through(layer, states, mask, tokens):
@@ -383,7 +389,9 @@ class BertAdamW(torch.optim.Optimizer):
     """`transformers.AdamW` of 2020, as the `bert` of both repositories: decay follows the update; the library dropped it."""
 
     def __init__(self, params, lr, weight_decay, betas=(0.9, 0.999), eps=1e-8):
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps})
+        super().__init__(
+            params, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps}
+        )
 
     @torch.no_grad()
     def step(self):
@@ -393,7 +401,11 @@ class BertAdamW(torch.optim.Optimizer):
                     self._update(x, **{name: group[name] for name in self.defaults})
 
     def _update(self, x, lr, weight_decay, betas, eps):
-        state = self.state[x] or {"n": 0, "first": torch.zeros_like(x), "second": torch.zeros_like(x)}
+        state = self.state[x] or {
+            "n": 0,
+            "first": torch.zeros_like(x),
+            "second": torch.zeros_like(x),
+        }
         state["n"] += 1
         state["first"].mul_(betas[0]).add_(x.grad, alpha=1 - betas[0])
         state["second"].mul_(betas[1]).addcmul_(x.grad, x.grad, value=1 - betas[1])

@@ -4,7 +4,7 @@ Small random networks, float32, no dropout. Needs `torchscale` beside the extra 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,13 +14,15 @@ import numpy as np
 import optax
 import pytest
 from flax import traverse_util
+from test_parity_convert import small
+from test_parity_fti4cir import CAPTIONS, KEPT, THRESHOLD, fti4cir_loss, made, written
 
 from cir_jax.checkpoint import abstract_params
 from cir_jax.config import Optim
 from cir_jax.conversion import beit3, blip, clip, inversion, maria, rules
 from cir_jax.data.images import ImageSpec
 from cir_jax.data.inputs import Inputs
-from cir_jax.data.text import TextSpec
+from cir_jax.data.text import TextSpec, tokenizer
 from cir_jax.encoders.beit3 import Beit3Config
 from cir_jax.encoders.bert import BertConfig
 from cir_jax.encoders.clip import TextConfig, VisionConfig
@@ -30,7 +32,10 @@ from cir_jax.methods.blip_cir import BlipCirConfig
 from cir_jax.methods.blip_rerank import BlipRerankConfig
 from cir_jax.methods.cfir import CfirConfig
 from cir_jax.methods.clip import ClipConfig
-from cir_jax.methods.maria import FROZEN, MariaConfig
+from cir_jax.methods.fti4cir import Fti4cirConfig
+from cir_jax.methods.inversion import FROZEN as CLIP_FROZEN
+from cir_jax.methods.maria import FROZEN as BACKBONES_FROZEN
+from cir_jax.methods.maria import MariaConfig
 from cir_jax.training import optim
 from cir_jax.training.step import make_step
 
@@ -49,9 +54,15 @@ INPUTS = Inputs(image=ImageSpec(size=SIZE), text=TextSpec(length=LENGTH))
 class Case:
     """A method of ours with its optimiser, and the original's side.
 
-    `table` is the converter's; `make` gives the network, `loss` its loss of (network, query, item), `optimizer` of the
-    parameters that it trains (optimizer, function that sets the learning rates before a step); `clip` bounds the norm
-    of its gradients. `composed` queries have a picture besides their text.
+    Attributes:
+      method, optim: of an experiment.
+      table: of the converter.
+      make: the original's network.
+      loss: of (network, **batch).
+      optimizer: of the parameters that the network trains: (optimizer, function that sets its rates before a step).
+      batches: as ours reads them, and the arguments of `loss`.
+      clip: bound of the norm of the original's gradients.
+      tolerance: of an update, as a part of the largest.
     """
 
     method: Any
@@ -60,25 +71,12 @@ class Case:
     make: Callable
     loss: Callable
     optimizer: Callable
+    batches: list[tuple[dict, dict]]
     clip: float | None = None
-    composed: bool = False
+    tolerance: float = 1e-4
 
 
 # ---- both sides ----
-
-
-def batches(composed):
-    """A few batches of random texts, with end and padding, and pictures; a `composed` query also has a picture."""
-    draw = np.random.default_rng(0)
-    for _ in range(BATCHES):
-        ids = draw.integers(5, WORDS - 2, (ROWS, LENGTH)).astype(np.int32)
-        ends = draw.integers(2, LENGTH, (ROWS, 1))
-        ids[:, 0], mask = 2, np.arange(LENGTH) <= ends
-        np.put_along_axis(ids, ends, WORDS - 2, 1)  # for CLIP the largest
-        images = draw.normal(size=(2, ROWS, SIZE, SIZE, 3)).astype(np.float32)
-        query = {"text": np.where(mask, ids, 0), "text_mask": mask}
-        reference = {"image": images[0]} if composed else {}
-        yield {"query": query | reference, "item": {"image": images[1]}}
 
 
 def carried(table, shapes, tensors):
@@ -100,7 +98,7 @@ def watched(tx):
     return optax.GradientTransformation(init, update)
 
 
-def ours(case, params, batches):
+def ours(case, params):
     """Losses of all steps, and the gradients of the first."""
     graph, _ = abstract_params(case.method)
     tx = watched(optim.optimizer(case.optim, STEPS))
@@ -108,7 +106,7 @@ def ours(case, params, batches):
     state = {"params": trained, "frozen": frozen, "opt": tx.init(trained)}
     step, losses = jax.jit(make_step(graph, tx, seed=0)), []
     for number in range(STEPS):
-        state, metrics = step(state, batches[number % BATCHES], np.int32(number))
+        state, metrics = step(state, case.batches[number % BATCHES][0], np.int32(number))
         losses.append(float(metrics["loss"]))
         if number == 0:
             first = flat(state["opt"][1])
@@ -123,7 +121,7 @@ def flat(tree):
     return {k: np.asarray(x) for k, x in traverse_util.flatten_dict(tree, sep="/").items()}
 
 
-def theirs(case, network, batches):
+def theirs(case, network):
     """Losses, gradients and weights of all steps, the last two by name; the weights those behind the step."""
     trained = [x for x in network.parameters() if x.requires_grad]
     optimizer, set_rates = case.optimizer(network, trained)
@@ -131,7 +129,7 @@ def theirs(case, network, batches):
     for step in range(STEPS):
         set_rates(step)
         optimizer.zero_grad()
-        value = case.loss(network, **batches[step % BATCHES])
+        value = case.loss(network, **case.batches[step % BATCHES][1])
         value.backward()
         gradients.append(slopes(network))
         if case.clip:
@@ -155,11 +153,23 @@ def state_of(network):
     return {n: x.detach().numpy().copy() for n, x in network.state_dict().items()}
 
 
-def tensors(tree):
-    return jax.tree.map(torch.from_numpy, tree)
-
-
 # ---- the cases ----
+
+
+def random_batches(composed=False):
+    """A few batches of random texts, with end and padding, and pictures; a `composed` query also has a picture."""
+    draw, made = np.random.default_rng(0), []
+    for _ in range(BATCHES):
+        ids = draw.integers(5, WORDS - 2, (ROWS, LENGTH)).astype(np.int32)
+        ends = draw.integers(2, LENGTH, (ROWS, 1))
+        ids[:, 0], mask = 2, np.arange(LENGTH) <= ends
+        np.put_along_axis(ids, ends, WORDS - 2, 1)  # for CLIP the largest
+        images = draw.normal(size=(2, ROWS, SIZE, SIZE, 3)).astype(np.float32)
+        query = {"text": np.where(mask, ids, 0), "text_mask": mask}
+        reference = {"image": images[0]} if composed else {}
+        batch = {"query": query | reference, "item": {"image": images[1]}}
+        made.append((batch, jax.tree.map(torch.from_numpy, batch)))
+    return made
 
 
 def clip_case():
@@ -184,6 +194,7 @@ def clip_case():
         partial(originals.clip, method),
         originals.clip_loss,
         optimizer,
+        random_batches(),
     )
 
 
@@ -207,7 +218,7 @@ def blip_case(config, make, loss, frozen, steps_per_epoch, period):
         partial(make, config),
         loss,
         optimizer,
-        composed=True,
+        random_batches(composed=True),
     )
 
 
@@ -252,6 +263,7 @@ def cfir_case():
         partial(originals.beit3, encoder),
         originals.beit3_loss,
         optimizer,
+        random_batches(),
     )
 
 
@@ -270,11 +282,12 @@ def maria_case():
 
     return Case(
         method,
-        Optim(rate, 0.0, (0.9, 0.999), schedule="constant", clip_norm=5.0, frozen=FROZEN),
+        Optim(rate, 0.0, (0.9, 0.999), schedule="constant", clip_norm=5.0, frozen=BACKBONES_FROZEN),
         maria.original(method)[0],
         partial(originals.maria, method),
         partial(originals.maria_loss, text_layers=2),
         optimizer,
+        random_batches(),
         clip=5.0,
     )
 
@@ -303,20 +316,81 @@ def vokenization_case():
             warmup=warmup,
             schedule="linear",
             clip_norm=5.0,
-            frozen=FROZEN,
+            frozen=BACKBONES_FROZEN,
         ),
         maria.original(method)[0],
         partial(originals.maria, method),
         partial(originals.vokenization_loss, text_layers=2),
         optimizer,
+        random_batches(),
         clip=5.0,
+        # Their epsilon is added to a root that is still too small, before the means are corrected for their start.
+        tolerance=1e-2,
     )
+
+
+def fti4cir_case():
+    """The network on CLIP's real vocabulary, whose prompts the loss writes; the rate drops at step 10."""
+    fields = {"activation": "quick_gelu", "attribute_layers": 2, "dropout": 0.0}
+    method = Fti4cirConfig(
+        VisionConfig(64, 16, 128, 3, 2),
+        TextConfig(width=128, layers=2, heads=2),
+        64,
+        attributes=6,
+        kept=KEPT,
+        threshold=THRESHOLD,
+        inputs=Inputs(image=ImageSpec(size=64)),
+        **fields,
+    )
+    rate, decay, drop = 1e-3, 0.01, 10
+
+    def make():
+        network = made("fti4cir", 128, 64, 128)
+        network.clip = small().requires_grad_(False)
+        with torch.no_grad():  # else prompts hardly depend on their words
+            network.clip.token_embedding.weight.mul_(20)
+        return network
+
+    def optimizer(network, trained):
+        made = torch.optim.AdamW(trained, rate, weight_decay=decay)
+        return made, originals.divided_once(made, 1, drop, 0.1)
+
+    return Case(
+        method,
+        Optim(
+            rate,
+            decay,
+            (0.9, 0.999),
+            schedule="constant",
+            drops=(drop,),
+            clip_norm=None,
+            decay="all",
+            frozen=CLIP_FROZEN,
+        ),
+        inversion.original(method)[0],
+        make,
+        lambda network, **batch: fti4cir_loss(network, network.clip, **batch),
+        optimizer,
+        captioned_batches(),
+    )
+
+
+def captioned_batches():
+    draw, batches = np.random.default_rng(0), []
+    for n in range(BATCHES):
+        captions = CAPTIONS[n:] + CAPTIONS[:n]
+        images = draw.normal(size=(len(captions), 64, 64, 3)).astype(np.float32)
+        text = tokenizer(TextSpec())(written(captions))[0]
+        theirs = {"images": originals.pixels(torch.from_numpy(images)), "captions": captions}
+        batches.append(({"query": {"text": text}, "item": {"image": images}}, theirs))
+    return batches
 
 
 CASES = {
     "clip": clip_case,
     "blip_cir": stage1_case,
     "blip_rerank": stage2_case,
+    "fti4cir": fti4cir_case,
     "cfir": cfir_case,
     "maria": maria_case,
     "vokenization": vokenization_case,
@@ -325,13 +399,15 @@ CASES = {
 
 @pytest.fixture(scope="module", params=CASES)
 def run(request):
-    """(case, shapes of our parameters, what ours and the original's side did)."""
+    """(case, shapes of our parameters, their first values, what ours and the original's side did)."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # for so little, more only wait for each other
     case = CASES[request.param]()
-    given = list(batches(case.composed))
-    shapes = {k: x.shape for k, x in flat_shapes(case.method).items()}
+    shapes = {name: x.shape for name, x in flat_shapes(case.method).items()}
     network = case.make()
     before = carried(case.table, shapes, state_of(network))
-    return case, shapes, before, ours(case, before, given), theirs(case, network, tensors(given))
+    yield case, shapes, before, ours(case, before), theirs(case, network)
+    torch.set_num_threads(threads)
 
 
 def flat_shapes(method):
@@ -343,7 +419,9 @@ def test_losses_follow(run, capsys):
     apart = np.abs(found - expected) / np.abs(expected)
     moved = np.abs(expected[-BATCHES:] / expected[:BATCHES] - 1)
     with capsys.disabled():
-        print(f"\nlosses {expected[0]:.4f} to {expected[-1]:.4f}, apart by {apart.max():.1e}, moved {moved.min():.2f}")
+        print(
+            f"\nlosses {expected[0]:.4f} to {expected[-1]:.4f}, apart by {apart.max():.1e}, moved {moved.min():.2f}"
+        )
     assert moved.min() > 0.02  # the same batch, a few rounds later
     assert apart.max() <= 1e-4
 
@@ -373,7 +451,7 @@ def test_every_update_from_their_gradients(run):
         expected = carried(case.table, shapes, weights[step])
         for name, x in flat(params).items():
             change = np.abs(expected[name] - before[name]).max()
-            atol = 1e-4 * change + 2e-7 * np.abs(before[name]).max()
+            atol = case.tolerance * change + 2e-7 * np.abs(before[name]).max()
             np.testing.assert_allclose(
                 x, expected[name], rtol=0, atol=atol, err_msg=f"{name}, step {step}"
             )
