@@ -282,29 +282,6 @@ def beit3_loss(network, query, item):
     return both_ways(network.logit_scale.exp() * unit(images) @ unit(texts).T)
 
 
-UNDECAYED = (
-    "beit3.encoder.embed_positions.A.weight",
-    "beit3.vision_embed.cls_token",
-    "logit_scale",
-)
-
-
-def beit3_groups(network, layers, layer_decay, weight_decay):
-    """Groups of parameters by (number of the layer, decayed or not), with the factor of the layer (cfir.md 7.3)."""
-    groups = {}
-    for name, x in network.named_parameters():
-        undecayed = x.ndim == 1 or name.endswith(".bias") or name in UNDECAYED
-        inside = re.match(r"beit3\.encoder\.layers\.(\d+)\.", name)
-        number = 0 if "embed" in name else int(inside[1]) + 1 if inside else layers + 1
-        group = {
-            "params": [],
-            "weight_decay": 0.0 if undecayed else weight_decay,
-            "scale": layer_decay ** (layers + 1 - number),
-        }
-        groups.setdefault((number, undecayed), group)["params"].append(x)
-    return list(groups.values())
-
-
 # ---- Maria, Vokenization ----
 
 
@@ -374,15 +351,18 @@ def hinges(texts, images, margin):
     return torch.cat([upper, F.relu(margin - inner(second, other) + inner(second, own))])
 
 
-def maria_loss(network, query, item, text_layers, margin=0.5):
+def maria_loss(network, query, item, text_layers, parts, margin=0.5):
+    """The mean over as many processes as `parts`, whose gradients are averaged."""
     texts, images = maria_vectors(network, query, item, text_layers)
-    return hinges(texts[:, 0], images, margin).sum()
+    split = zip(texts[:, 0].chunk(parts), images.chunk(parts))
+    return sum(hinges(text, image, margin).sum() for text, image in split) / parts
 
 
-def vokenization_loss(network, query, item, text_layers, margin=0.5):
+def vokenization_loss(network, query, item, text_layers, parts, margin=0.5):
     texts, images = maria_vectors(network, query, item, text_layers)
-    mask = query["text_mask"].float()
-    return (hinges(texts, images[:, None], margin) * mask).sum() / mask.sum()
+    split = zip(*(x.chunk(parts) for x in (texts, images[:, None], query["text_mask"].float())))
+    each = ((hinges(text, image, margin) * mask).sum() / mask.sum() for text, image, mask in split)
+    return sum(each) / parts
 
 
 class BertAdamW(torch.optim.Optimizer):
@@ -415,49 +395,99 @@ class BertAdamW(torch.optim.Optimizer):
         x.add_(x, alpha=-lr * weight_decay)
 
 
-# ---- schedules: functions that set the learning rates before a step ----
+# ---- optimisers: (optimizer, function that sets its rates before a step) of a network ----
 
 
-def per_epoch_cosine(optimizer, steps_per_epoch, period, lr):
-    """Candidate-Reranking's `cosine_lr_schedule`: not clamped, so that it rises again behind the period."""
-
-    def at(step):
-        epoch = step // steps_per_epoch
-        for group in optimizer.param_groups:
-            group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * epoch / period))
-
-    return at
+def trained(network):
+    return {name: x for name, x in network.named_parameters() if x.requires_grad}
 
 
-def divided_once(optimizer, steps_per_epoch, epoch, factor):
-    """FTI4CIR's."""
-
-    def at(step):
-        if step == epoch * steps_per_epoch:
-            for group in optimizer.param_groups:
-                group["lr"] *= factor
-
-    return at
+def decayed_but(network, undecayed, weight_decay):
+    """Two groups: what decays, and the parameters for which `undecayed(name, x)` is true."""
+    groups = [{"params": [], "weight_decay": each} for each in (weight_decay, 0.0)]
+    for name, x in trained(network).items():
+        groups[undecayed(name, x)]["params"].append(x)
+    return groups
 
 
-def cosine_table(lr, least, warmup, steps):
-    """CFIR's `cosine_scheduler`: the warm-up reaches both its ends, the cosine does not reach its last."""
-    rises = [lr * n / (warmup - 1) for n in range(warmup)]
-    falls = [
-        least + 0.5 * (lr - least) * (1 + math.cos(math.pi * n / (steps - warmup)))
-        for n in range(steps - warmup)
-    ]
-    return rises + falls
+def clip_optimizer(network, rate, weight_decay, warmup, steps):
+    """open_clip's: gains, biases and the scale do not decay."""
+    library("open_clip_train")
+    from open_clip_train.scheduler import cosine_lr
+
+    parts = ("bn", "ln", "bias", "logit_scale")
+    undecayed = lambda name, x: x.ndim < 2 or any(part in name for part in parts)
+    groups = decayed_but(network, undecayed, weight_decay)
+    made = torch.optim.AdamW(groups, rate, betas=(0.9, 0.98), eps=1e-6)
+    return made, cosine_lr(made, rate, warmup, steps)
 
 
-def by_table(optimizer, table):
-    def at(step):
-        for group in optimizer.param_groups:
+def reranking_optimizer(network, rate, weight_decay, epoch, period):
+    """Candidate-Reranking's: one group; the rate of epoch n, of `epoch` steps, rises again behind the `period`."""
+    made = torch.optim.AdamW(trained(network).values(), rate, weight_decay=weight_decay)
+
+    def set_rates(step):
+        cosine = math.cos(math.pi * (step // epoch) / period)
+        made.param_groups[0]["lr"] = rate * 0.5 * (1 + cosine)
+
+    return made, set_rates
+
+
+def fti4cir_optimizer(network, rate, weight_decay, drop, factor=0.1):
+    """FTI4CIR's: one group; from step `drop` on the rate is multiplied by the factor."""
+    made = torch.optim.AdamW(trained(network).values(), rate, weight_decay=weight_decay)
+
+    def set_rates(step):
+        made.param_groups[0]["lr"] *= factor if step == drop else 1
+
+    return made, set_rates
+
+
+UNDECAYED = (
+    "beit3.encoder.embed_positions.A.weight",
+    "beit3.vision_embed.cls_token",
+    "logit_scale",
+)
+
+
+def cfir_optimizer(network, rate, weight_decay, layers, layer_decay, warmup, steps, least):
+    """CFIR's: groups by layer and decay (cfir.md 7.3), and a table of rates that is made once (7.4)."""
+    groups = {}
+    for name, x in trained(network).items():
+        undecayed = x.ndim == 1 or name.endswith(".bias") or name in UNDECAYED
+        inside = re.match(r"beit3\.encoder\.layers\.(\d+)\.", name)
+        number = 0 if "embed" in name else int(inside[1]) + 1 if inside else layers + 1
+        group = {"params": [], "weight_decay": 0.0 if undecayed else weight_decay}
+        group["scale"] = layer_decay ** (layers + 1 - number)
+        groups.setdefault((number, undecayed), group)["params"].append(x)
+    made = torch.optim.AdamW(list(groups.values()), rate)
+    table = cfir_rates(rate, least, warmup, steps)
+
+    def set_rates(step):
+        for group in made.param_groups:
             group["lr"] = table[step] * group["scale"]
 
-    return at
+    return made, set_rates
 
 
-def by_library(scheduler):
-    """A scheduler of PyTorch's, stepped after every step but the first."""
-    return lambda step: scheduler.step() if step else None
+def cfir_rates(rate, least, warmup, steps):
+    """The warm-up reaches both its ends, so that the first rate is 0 and the peak comes twice; the end is not reached."""
+    behind = steps - warmup
+    cosine = [0.5 * (1 + math.cos(math.pi * n / behind)) for n in range(behind)]
+    return [rate * n / (warmup - 1) for n in range(warmup)] + [
+        least + (rate - least) * x for x in cosine
+    ]
+
+
+def adam(network, rate):
+    """What Maria and Vokenization published, `--optim adam`."""
+    return torch.optim.Adam(trained(network).values(), rate), lambda step: None
+
+
+def bert_adamw(network, rate, weight_decay, warmup, steps):
+    """The default of both, `--optim bert`."""
+    linear = library("transformers").get_linear_schedule_with_warmup
+    undecayed = lambda name, x: "bias" in name or "LayerNorm.weight" in name
+    made = BertAdamW(decayed_but(network, undecayed, weight_decay), rate, weight_decay)
+    scheduler = linear(made, warmup, steps)
+    return made, lambda step: scheduler.step() if step else None
