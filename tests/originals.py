@@ -16,14 +16,12 @@ from reference import library
 from torch import nn
 from torch.nn import functional as F
 
-PIXELS = 32
 
-
-def drawn(network, seed=0):
+def drawn(network):
     """The network with random weights, large enough to matter; scalars keep their value."""
     state = network.state_dict()
     shapes = {n: x.shape for n, x in state.items() if x.is_floating_point() and x.ndim}
-    made = {name: torch.from_numpy(x) for name, x in filled(shapes, seed).items()}
+    made = {name: torch.from_numpy(x) for name, x in filled(shapes).items()}
     network.load_state_dict(state | made)
     return network.eval()
 
