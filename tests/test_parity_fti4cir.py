@@ -235,12 +235,12 @@ def system(tmp_path_factory):
     return make
 
 
-def fti4cir_loss(network, clip, images):
+def fti4cir_loss(network, clip, images, captions=CAPTIONS):
     features, tokens = towers(clip, images)
     chosen, counts, _ = salient(network.candidates(tokens), features, KEPT, THRESHOLD)
     words = torch.cat([network.phi_s(features)[:, None], network.phi_a(chosen)], 1)
     stars = ["* " * r for r in counts]
-    subjects, attributes = zip(*CAPTIONS)
+    subjects, attributes = zip(*captions)
     first = [[4]] * len(counts)
     runs = [[*range(6, 6 + r)] for r in counts]
     both = [a + b for a, b in zip(first, runs)]
@@ -251,8 +251,9 @@ def fti4cir_loss(network, clip, images):
     starts = [len(tokenizer(TextSpec()).content([f"a photo of {s} with"])[0]) + 1 for s in subjects]
     runs = [[*range(n, n + r)] for n, r in zip(starts, counts)]
     attribute = read(clip, ids(*texts), runs, words[:, 1:])
-    plain = clip.encode_text(ids(*(f"a photo of {s} with {a}" for s, a in CAPTIONS)))
-    square = F.mse_loss(chosen @ chosen.mT, torch.eye(KEPT).expand(len(chosen), -1, -1).double())
+    plain = clip.encode_text(ids(*(f"a photo of {s} with {a}" for s, a in captions)))
+    identity = torch.eye(KEPT, dtype=chosen.dtype).expand(len(chosen), -1, -1)
+    square = F.mse_loss(chosen @ chosen.mT, identity)
     near = sum(apart(x, plain) for x in (subject, attribute, whole))
     return nt_xent(features, whole, 0.2) + square + 1.4 * near
 
@@ -303,11 +304,15 @@ LOSSES = {
 }
 
 
+def written(captions):
+    """Captions as ours reads them."""
+    return [" | ".join(each) if each[1] else each[0] for each in captions]
+
+
 def our_batch(name, width):
     texts = lambda rows: tokenizer(TextSpec())(rows)[0]
     if name == "fti4cir":
-        rows = [" | ".join(each) if each[1] else each[0] for each in CAPTIONS]
-        return {"query": {"text": texts(rows)}, "item": {"image": pixels()}}
+        return {"query": {"text": texts(written(CAPTIONS))}, "item": {"image": pixels()}}
     if name == "pic2word":
         return {"query": {"text": texts(PLAIN)}, "item": {"image": pixels()}}
     batch = {"query": {"text": texts(STARRY)}, "item": {"text": texts(PLAIN)}}
