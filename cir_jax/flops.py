@@ -66,8 +66,8 @@ def _equation(equation) -> int:
 
 def _devices(params) -> int:
     """Over how many devices a `shard_map` runs its body."""
-    mesh, axes = params.get("mesh"), params.get("manual_axes", ())
-    return math.prod(mesh.shape[axis] for axis in axes) if mesh is not None else 1
+    axes = params.get("newly_manual_axes") or params.get("manual_axes") or ()
+    return math.prod(params["mesh"].shape[axis] for axis in axes)
 
 
 def _inner(params) -> list[Jaxpr]:

@@ -1,16 +1,20 @@
 """Batches for training and for everything else; the only file that imports Grain.
 
 The step number is the whole state: batch `s` depends on the seed and on `s` alone, never on how many processes, threads
-or workers made it, so a run resumes exactly at any step.
+or workers made it, so a run resumes exactly at any step. So does what stands in for an example that cannot be read:
+which one it is depends on nothing but the row and what lies on the disk.
 """
 
 import contextlib
 import functools
+import itertools
+import math
 import os
 import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import grain
 import numpy as np
@@ -51,17 +55,71 @@ def _drawn(side: Mapping, rng: np.random.Generator, inputs: Inputs, augmented: b
     return values
 
 
-class _Blocks:
-    """A data set as runs of consecutive rows; an incomplete last run is left out."""
+TRIES = 10  # examples that may stand in for one that cannot be read, before something must be wrong with all
 
-    def __init__(self, dataset: Dataset, size: int):
-        self.dataset, self.size = dataset, size
+
+def substitutes(number: int, count: int) -> list[int]:
+    """What stands in for one of `count` examples, in this order, where it cannot be read.
+
+    They lie far apart, because what is damaged often lies together: so many times the nearest whole number from
+    0.618 `count` on that has no divisor in common with `count`, modulo `count`.
+    """
+    apart = next(n for n in itertools.count(int(0.618 * count) or 1) if math.gcd(n, count) == 1)
+    return [(number + n * apart) % count for n in range(1, min(TRIES, count - 1) + 1)]
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """Makes the arrays of a block: consecutive rows of a data set, or of what stands in for them.
+
+    They come with `rows`: which were `asked` for and which are `shown`, int32 `[block]`, and the number of their `set`.
+    """
+
+    dataset: Dataset
+    set: int
+    size: int
+    inputs: Inputs
+    augmented: bool
+    strict: bool
 
     def __len__(self) -> int:
+        """How many blocks there are; an incomplete last one is left out."""
         return len(self.dataset) // self.size
 
-    def __getitem__(self, number: int) -> list[Mapping]:
-        return [self.dataset[number * self.size + row] for row in range(self.size)]
+    def __call__(self, number: int, rng: np.random.Generator) -> dict:
+        for shown in (number, *([] if self.strict else substitutes(number, len(self)))):
+            try:
+                made = self._examples(shown, rng)
+            except (ValueError, OSError) as error:
+                unreadable = error
+                continue
+            return made | {"rows": self._rows(number, shown)}
+        if not self.strict:
+            raise ValueError(
+                f"the example {number} cannot be read, nor any of {TRIES} in its place; of the last: {unreadable}"
+            ) from unreadable
+        raise unreadable
+
+    def _examples(self, block: int, rng: np.random.Generator) -> dict:
+        raws = [self.dataset[row] for row in self._numbers(block)]
+        return _examples(raws, rng, self.inputs, self.augmented)
+
+    def _numbers(self, block: int) -> range:
+        return range(block * self.size, (block + 1) * self.size)
+
+    def _rows(self, asked: int, shown: int) -> dict[str, np.ndarray]:
+        numbers = {"asked": self._numbers(asked), "shown": self._numbers(shown)}
+        arrays = {name: np.array(rows, np.int32) for name, rows in numbers.items()}
+        return arrays | {"set": np.full(self.size, self.set, np.int32)}
+
+
+def fault(dataset: Dataset, row: int, inputs: Inputs) -> str | None:
+    """Why a training pair cannot be read, in words; None if it can."""
+    try:
+        _examples([dataset[row]], np.random.default_rng(0), inputs, augmented=False)
+    except (ValueError, OSError) as error:
+        return str(error)
+    return None
 
 
 class _Part:
@@ -79,27 +137,14 @@ class _Part:
         return self.rows[(self.start + step) * self.batch_size + self.first + row]
 
 
-def _stream(
-    dataset: Dataset,
-    block,
-    inputs: Inputs,
-    *,
-    seed,
-    batch_size,
-    start,
-    process,
-    processes,
-    augmented,
-    workers,
-):
+def _stream(prepared: _Prepared, *, seed, batch_size, start, process, processes, workers):
     """Batches of one data set, from its own batch number `start` on."""
-    transform = lambda raws, rng: _examples(raws, rng, inputs, augmented)
-    blocks = grain.MapDataset.source(_Blocks(dataset, block)).seed(seed)
+    blocks = grain.MapDataset.range(len(prepared)).seed(seed)
     # The transform belongs to the endless data set: its random numbers are the block's, whoever computes it.
-    blocks = blocks.shuffle().repeat(None).random_map(transform)
-    size = batch_size // block
+    blocks = blocks.shuffle().repeat(None).random_map(prepared)
+    size = batch_size // prepared.size
     part = grain.MapDataset.source(_Part(blocks, start, size, process, processes))
-    elements = _ahead(part, max(2, 256 // block), workers)
+    elements = _ahead(part, max(2, 256 // prepared.size), workers)
     return iter(elements.batch(size // processes, drop_remainder=True).map(_joined))
 
 
@@ -161,8 +206,12 @@ def train_batches(
     processes: int = 1,
     augmented: bool = True,
     workers: int = 0,
+    strict: bool = False,
 ) -> Iterator[dict]:
-    """Endless batches from step `start`: `{"query": {…}, "item": {…}}` with this process's rows.
+    """Endless batches from step `start`: `{"query": {…}, "item": {…}, "rows": {…}}` with this process's rows.
+
+    An example that cannot be read is replaced, with its whole block, by another (`substitutes`). `rows` tells by
+    int32 `[b]` arrays: the number of the `set`, which of its rows the order `asked` for and which are `shown`.
 
     Args:
       datasets: of raw pairs `{"query": …, "item": …, "group": int}`; `texts` offers several wordings, one is drawn.
@@ -170,6 +219,11 @@ def train_batches(
       blocks: per data set, how many of its consecutive rows stay together in a batch; empty: one each.
       batch_size: rows of the global batch; must divide by `processes` times every block.
       workers: processes that prepare the examples of each data set, 0 for threads; close the iterator to end them.
+      strict: an example that cannot be read is an error.
+
+    Raises:
+      ValueError: sizes that do not fit each other; an example that cannot be read, and none of ten in its place.
+      ValueError, OSError: with `strict`, whatever is wrong with the first example that cannot be read.
     """
     blocks = blocks or [1] * len(datasets)
     if min(blocks) < 1 or any(batch_size % (processes * block) for block in blocks):
@@ -187,15 +241,12 @@ def train_batches(
     done = [rounds * w + order[:within].count(d) for d, w in enumerate(weights)]
     streams = [
         _stream(
-            dataset,
-            blocks[number],
-            inputs,
+            _Prepared(dataset, number, blocks[number], inputs, augmented, strict),
             seed=seed + number,
             batch_size=batch_size,
             start=done[number],
             process=process,
             processes=processes,
-            augmented=augmented,
             workers=workers,
         )
         for number, dataset in enumerate(datasets)
