@@ -16,6 +16,7 @@ from cir_jax.stopping import unstopped
 from cir_jax.training.checks import check_batch, check_experiment, check_parts
 from cir_jax.training.profile import steps_of
 from cir_jax.training.workdir import (
+    change_workdir,
     check_workdir,
     prepare_workdir,
     refuse_changes,
@@ -82,7 +83,6 @@ def _train(config: Experiment, workdir: Path, options: Options) -> Path:
         out_shardings=(places, sharding.replicated(mesh)),
     )
     learning_rate = optim.schedule(config.optim, steps)
-    best = Best(config, graph, workdir, work=work)
     datasets = training_sets(config)
     with contextlib.ExitStack() as opened:
         enter = opened.enter_context
@@ -99,6 +99,8 @@ def _train(config: Experiment, workdir: Path, options: Options) -> Path:
         else:
             state = jax.jit(init, out_shardings=places)(jax.random.key(seed))
             state = warm_start(state, config)
+        change_workdir(config, workdir)  # what differs is accepted, and the state fits
+        best = Best(config, graph, workdir, work=work)
         watch = Watch(config, workdir, datasets, first, operations(config, tx, abstract))
         profile = enter(contextlib.closing(Profile(workdir / "profile", options.profile)))
         batches = enter(contextlib.closing(training_batches(config, first, datasets)))

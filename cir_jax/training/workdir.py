@@ -11,21 +11,27 @@ from cir_jax.typed import from_json, portable
 
 
 def prepare_workdir(config: Experiment, workdir: Path, accept_changes: bool = False) -> None:
-    """Make the folder of a run, or check that it belongs to the same experiment and data.
-
-    With `accept_changes` it becomes the folder of this experiment; what differs is printed. A finished run goes on:
-    its model is the best so far again.
-    """
-    changed = check_workdir(config, workdir, accept_changes)
+    """Make the folder of a run, or check that it belongs to the same experiment and data."""
+    check_workdir(config, workdir, accept_changes)
     workdir.mkdir(parents=True, exist_ok=True)
     check_tables(config, workdir / "tables.json")
-    if changed and processes.first():
-        print(f"going on with another experiment: {', '.join(changed)}", file=sys.stderr)
-        if (workdir / "model").exists():
-            step = files.read_manifest(workdir / "model", "checkpoint")["about"]["step"]
-            (workdir / "model").rename(workdir / f"best-{step:07d}")
-    if changed or not (workdir / "config.json").exists():
+    if not (workdir / "config.json").exists():
         files.write_json(workdir / "config.json", portable(config))
+
+
+def change_workdir(config: Experiment, workdir: Path) -> None:
+    """Make the folder of a run that of a changed experiment, and print what differs.
+
+    A finished run goes on: its model is the best so far again.
+    """
+    changed = check_workdir(config, workdir, accept_changes=True)
+    if not changed or not processes.first():
+        return
+    print(f"going on with another experiment: {', '.join(changed)}", file=sys.stderr)
+    if (workdir / "model").exists():
+        step = files.read_manifest(workdir / "model", "checkpoint")["about"]["step"]
+        (workdir / "model").rename(workdir / f"best-{step:07d}")
+    files.write_json(workdir / "config.json", portable(config))
 
 
 def check_workdir(config: Experiment, workdir: Path, accept_changes: bool = False) -> list[str]:
