@@ -82,19 +82,20 @@ def _train(config: Experiment, workdir: Path, options: Options) -> Path:
         donate_argnums=0,
         out_shardings=(places, sharding.replicated(mesh)),
     )
-    learning_rate = optim.schedule(config.optim, steps)
+    learning_rate = jax.jit(optim.schedule(config.optim, steps))
     datasets = training_sets(config)
     with contextlib.ExitStack() as opened:
         enter = opened.enter_context
         states = enter(checkpoint.training_states(workdir, portable(config), config.train.keep))
         done = first = states.latest()
-        board = enter(tensorboard(workdir / "tensorboard", first)) if options.tensorboard else None
+        shown = options.tensorboard and processes.first()
+        board = enter(tensorboard(workdir / "tensorboard", first)) if shown else None
         log = Log(workdir / "log.jsonl", first, board)
         if first:
-            place = f"{workdir}/checkpoints/{first}"
-            refuse_changes(states.saved_config(first), config, place, options.accept_changes)
             if processes.first():
                 print(f"continuing from step {first}", file=sys.stderr)
+            place = f"{workdir}/checkpoints/{first}"
+            refuse_changes(states.saved_config(first), config, place, options.accept_changes)
             state = states.restore(first, sharding.placed(abstract, places))
         else:
             state = jax.jit(init, out_shardings=places)(jax.random.key(seed))
@@ -130,11 +131,13 @@ def _train(config: Experiment, workdir: Path, options: Options) -> Path:
                     watch.restart(done)
                 advance(1)
                 stopping.stop_together(done)
-        except KeyboardInterrupt:
-            with unstopped():
-                watch.look()
-                if states.latest() < done:
-                    states.save(done, state)
+        except BaseException as error:
+            # A library may have made something else of being stopped.
+            if isinstance(error, KeyboardInterrupt) or stopping.asked():
+                with unstopped():
+                    watch.look()
+                    if states.latest() < done:
+                        states.save(done, state)
             raise
     return best.publish()
 

@@ -170,14 +170,15 @@ def _ahead(dataset: grain.MapDataset, buffer: int, workers: int = 0) -> grain.It
 
 
 def _attend(program: int, worker: int, workers: int) -> None:
-    """End a worker process with its program, and only then: Ctrl-C reaches both, and the program ends its workers."""
+    """End a worker process with its program, and only then: a signal may reach both, and the program ends its workers."""
 
     def watch():
         while os.getppid() == program:
             time.sleep(1)
         os._exit(1)
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=watch, daemon=True).start()
 
 

@@ -81,6 +81,8 @@ class Watch:
     def add(self, step: int, metrics: Mapping, rows: Mapping) -> None:
         """Remember a step that is under way."""
         self.steps.append(Step(step, metrics, rows))
+        if step == self.first + 1:  # the time until here went into compiling
+            self.restart(step)
 
     def look(self) -> Mapping[str, float]:
         """The metrics of the last step, when all steps since the last look were sound.
@@ -89,28 +91,28 @@ class Watch:
           FloatingPointError: a loss or a gradient is not finite; the rows of the batch are in a file that it names.
           ValueError: more examples cannot be read than `train.unreadable` allows.
         """
-        steps, self.steps = self.steps, []
-        if steps:
-            shown = jax.device_get([step.metrics for step in steps])
-            rows = _of_all_processes([step.rows for step in steps])
-            for step, metrics, batch in zip(steps, shown, rows):
+        if self.steps:
+            shown = jax.device_get([step.metrics for step in self.steps])
+            rows = _of_all_processes([step.rows for step in self.steps])
+            for step, metrics, batch in zip(self.steps, shown, rows):
                 self._refuse_non_finite(step.number, metrics, batch)
                 self._list_unreadable(step.number, batch)
-            self.last = shown[-1]
+            self.last, self.steps = shown[-1], []
         return self.last
 
     def values(self, step: int) -> dict[str, float]:
         """What the log says behind step `step`, about all steps since it was asked last.
 
-        `rows_per_second`; `waiting_for_data`, the share of the time in which the devices had nothing to do because the
+        `rows_per_second`, without the first step, which compiles; `waiting_for_data`, the share of the time in which the devices had nothing to do because the
         next batch was not there; `utilisation`, the operations of the model by those that the devices can do at most;
         memory (`memory.peaks`); and how many examples could not be read so far.
         """
         values = dict(self.look())
         seconds, steps = time.monotonic() - self.start, step - self.since
-        values["rows_per_second"] = steps * self.config.train.batch_size / seconds
-        values["waiting_for_data"] = self.waited / seconds
-        if self.operations:
+        if steps:
+            values["rows_per_second"] = steps * self.config.train.batch_size / seconds
+            values["waiting_for_data"] = self.waited / seconds
+        if steps and self.operations:
             values["utilisation"] = self.computed / seconds / flops.peak()
         values |= memory.peaks()
         if self.unreadable:
