@@ -271,7 +271,10 @@ class TrainingStates:
     def __init__(self, workdir: Path, config: Mapping, keep: int = 2):
         """`config` is the experiment as JSON (`cir_jax.typed.portable`); the last `keep` steps are kept."""
         self.folder, self.config = (workdir / "checkpoints").absolute(), dict(config)
-        self.frozen, self.frozen_writer = (workdir / "frozen").absolute(), None
+        self.frozen, self.frozen_writer = (
+            (workdir / "frozen").absolute(),
+            ocp.StandardCheckpointer(),
+        )
         arrays, values = ocp.StandardCheckpointHandler, ocp.JsonCheckpointHandler
         self.manager = ocp.CheckpointManager(
             self.folder,
@@ -291,10 +294,9 @@ class TrainingStates:
 
         OSError if the disk is full, of this state or of the one before, whose writing ends here.
         """
-        wanted = [state["params"], state["opt"], *([] if self.frozen_writer else [state["frozen"]])]
-        files.refuse_full(self.folder, sum(x.nbytes for x in jax.tree.leaves(wanted)))
+        files.refuse_full(self.folder, _nbytes([state["params"], state["opt"]]))
         with files.reported(self.folder):
-            self._save_frozen(state["frozen"])
+            self.frozen_writer.wait_until_finished()
             self.manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -305,14 +307,13 @@ class TrainingStates:
                 force=True,
             )
 
-    def _save_frozen(self, frozen) -> None:
-        """Write what is frozen, once in a run, before any step that needs it is complete."""
-        if self.frozen_writer or not jax.tree.leaves(frozen):
+    def save_frozen(self, frozen) -> None:
+        """Write what is frozen in the background; called once, when a run begins, and not where it goes on."""
+        if not jax.tree.leaves(frozen):
             return
-        self.frozen_writer = ocp.StandardCheckpointer()
-        if not self.latest():
-            self.frozen_writer.save(self.frozen, frozen, force=True)
-            self.frozen_writer.wait_until_finished()
+        files.refuse_full(self.folder, _nbytes(frozen))
+        with files.reported(self.frozen):
+            self.frozen_writer.save(self.frozen, _kept(frozen), force=True)
 
     def saved_config(self, step: int) -> dict:
         """The experiment of a step, as JSON."""
@@ -333,7 +334,6 @@ class TrainingStates:
             restored = self.manager.restore(step, args=ocp.args.Composite(**args))
             state = {**abstract, **{name: restored[name] for name in args}}
             if jax.tree.leaves(abstract["frozen"]):
-                self.frozen_writer = ocp.StandardCheckpointer()
                 state["frozen"] = self.frozen_writer.restore(self.frozen, abstract["frozen"])
         return state
 
@@ -356,8 +356,7 @@ class TrainingStates:
         with files.reported(self.folder):
             self.manager.wait_until_finished()
             self.manager.close()
-            if self.frozen_writer:
-                self.frozen_writer.close()
+            self.frozen_writer.close()
 
 
 def _kept(tree):
@@ -367,6 +366,10 @@ def _kept(tree):
     are donated to would wait until they are written.
     """
     return jax.tree.map(jnp.copy, tree) if jax.default_backend() == "cpu" else tree
+
+
+def _nbytes(tree) -> int:
+    return sum(x.nbytes for x in jax.tree.leaves(tree))
 
 
 def _shapes(tree) -> dict[str, tuple[int, ...]]:

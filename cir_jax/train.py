@@ -92,14 +92,11 @@ def _train(config: Experiment, workdir: Path, options: Options) -> Path:
         board = enter(tensorboard(workdir / "tensorboard", first)) if shown else None
         log = Log(workdir / "log.jsonl", first, board)
         if first:
-            if processes.first():
-                print(f"continuing from step {first}", file=sys.stderr)
-            place = f"{workdir}/checkpoints/{first}"
-            refuse_changes(states.saved_config(first), config, place, options.accept_changes)
-            state = states.restore(first, sharding.placed(abstract, places))
+            state = restored(config, states, sharding.placed(abstract, places), options)
         else:
             state = jax.jit(init, out_shardings=places)(jax.random.key(seed))
             state = warm_start(state, config)
+            states.save_frozen(state["frozen"])
         change_workdir(config, workdir)  # what differs is accepted, and the state fits
         best = Best(config, graph, workdir, work=work)
         watch = Watch(config, workdir, datasets, first, operations(config, tx, abstract))
@@ -140,6 +137,16 @@ def _train(config: Experiment, workdir: Path, options: Options) -> Path:
                         states.save(done, state)
             raise
     return best.publish()
+
+
+def restored(config: Experiment, states, abstract, options: Options):
+    """The newest state, placed as `abstract` says; ValueError if it is of another experiment, unless that is accepted."""
+    step = states.latest()
+    if processes.first():
+        print(f"continuing from step {step}", file=sys.stderr)
+    stored, place = states.saved_config(step), f"{states.folder}/{step}"
+    refuse_changes(stored, config, place, options.accept_changes)
+    return states.restore(step, abstract)
 
 
 @contextlib.contextmanager
