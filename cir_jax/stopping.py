@@ -106,12 +106,6 @@ def unstopped():
 # ---- several processes: all of them stop after the same step ----
 
 
-def regain() -> None:
-    """Answer SIGTERM as before `jax.distributed` was joined, whose own handler tells it to the other processes only."""
-    if _stops.running:
-        signal.signal(signal.SIGTERM, _stops)
-
-
 @contextlib.contextmanager
 def together():
     """A block in which a stop of one of several processes waits until all stop (`stop_together`); alone, it does not.
