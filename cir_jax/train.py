@@ -26,42 +26,47 @@ from cir_jax.typed import portable
 from cir_jax.workspace import Workspace
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What changes nothing about the model that is trained."""
-
-    accept_changes: bool = False
-    """go on with the run in WORKDIR although it was begun with another experiment; what differs is printed"""
-    tensorboard: bool = False
-    """write event files to WORKDIR/tensorboard too (needs the extra [tensorboard])"""
-    profile: str = ""
-    """steps to trace, as 10:20, both included, into WORKDIR/profile"""
-
-
-def train(config: Experiment, workdir: Path, options: Options = Options()) -> Path:
+def train(
+    config: Experiment,
+    workdir: Path,
+    *,
+    accept_changes: bool = False,
+    tensorboard: bool = False,
+    profile: str = "",
+) -> Path:
     """Run an experiment to its end and return the folder of its best model.
 
     The state is restored from the newest checkpoint of `workdir` if there is one; from then on the run repeats what
     an undisturbed one would have computed, bit for bit on the same mesh. A SIGINT or SIGTERM saves the step that is
-    under way and unwinds. BlockingIOError if another run is at it.
+    under way and unwinds.
+
+    Args:
+      accept_changes: go on with a run that was begun with another experiment.
+      tensorboard: write event files to `workdir/tensorboard` too.
+      profile: steps to trace, as `10:20`, both included, into `workdir/profile`.
+
+    Raises:
+      BlockingIOError: another run is at it.
+      ValueError: what the folder holds, the experiment or the data is wrong.
+      FloatingPointError: a loss is not finite.
     """
     with files.reported(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
     with files.lock(workdir) if processes.first() else contextlib.nullcontext():
         if processes.first():
             remove_leftovers(workdir)
-        prepare_workdir(config, workdir, options.accept_changes)
-        return _train(config, workdir, options)
+        prepare_workdir(config, workdir, accept_changes)
+        return _train(config, workdir, accept_changes, tensorboard, profile)
 
 
-def _train(config: Experiment, workdir: Path, options: Options) -> Path:
+def _train(config: Experiment, workdir: Path, accept_changes, tensorboard, profile) -> Path:
     import jax
     import numpy as np
 
     from cir_jax import checkpoint, sharding
     from cir_jax.training import optim
     from cir_jax.training.best import Best
-    from cir_jax.training.log import Log, tensorboard
+    from cir_jax.training.log import Log, event_file
     from cir_jax.training.profile import Profile
     from cir_jax.training.step import make_init, make_step
     from cir_jax.training.warm_start import warm_start
@@ -88,11 +93,11 @@ def _train(config: Experiment, workdir: Path, options: Options) -> Path:
         enter = opened.enter_context
         states = enter(checkpoint.training_states(workdir, portable(config), config.train.keep))
         done = first = states.latest()
-        shown = options.tensorboard and processes.first()
-        board = enter(tensorboard(workdir / "tensorboard", first)) if shown else None
-        log = Log(workdir / "log.jsonl", first, board)
+        shown = tensorboard and processes.first()
+        events = enter(event_file(workdir / "tensorboard", first)) if shown else None
+        log = Log(workdir / "log.jsonl", first, events)
         if first:
-            state = restored(config, states, sharding.placed(abstract, places), options)
+            state = restored(config, states, sharding.placed(abstract, places), accept_changes)
         else:
             state = jax.jit(init, out_shardings=places)(jax.random.key(seed))
             state = warm_start(state, config)
@@ -100,7 +105,7 @@ def _train(config: Experiment, workdir: Path, options: Options) -> Path:
         change_workdir(config, workdir)  # what differs is accepted, and the state fits
         best = Best(config, graph, workdir, work=work)
         watch = Watch(config, workdir, datasets, first, operations(config, tx, abstract))
-        profile = enter(contextlib.closing(Profile(workdir / "profile", options.profile)))
+        trace = enter(contextlib.closing(Profile(workdir / "profile", profile)))
         batches = enter(contextlib.closing(training_batches(config, first, datasets)))
         advance = enter(progress("training", steps, first))
         enter(named_if_full(config))
@@ -111,12 +116,12 @@ def _train(config: Experiment, workdir: Path, options: Options) -> Path:
             for number in range(first, steps):
                 batch, rows = watch.next(batches)
                 with unstopped():
-                    profile.before(number + 1)
+                    trace.before(number + 1)
                     batch = sharding.put_batch(batch, mesh)
                     state, metrics = step(state, batch, np.int32(number))
                     done = number + 1
                     watch.add(done, metrics, rows)
-                    profile.after(done, state)
+                    trace.after(done, state)
                     if due(config.train.log_every, done, steps):
                         log(done, {**watch.values(done), "learning_rate": learning_rate(number)})
                     if due(config.train.save_every, done, steps):
@@ -139,13 +144,13 @@ def _train(config: Experiment, workdir: Path, options: Options) -> Path:
     return best.publish()
 
 
-def restored(config: Experiment, states, abstract, options: Options):
+def restored(config: Experiment, states, abstract, accept_changes: bool):
     """The newest state, placed as `abstract` says; ValueError if it is of another experiment, unless that is accepted."""
     step = states.latest()
     if processes.first():
         print(f"continuing from step {step}", file=sys.stderr)
     stored, place = states.saved_config(step), f"{states.folder}/{step}"
-    refuse_changes(stored, config, place, options.accept_changes)
+    refuse_changes(stored, config, place, accept_changes)
     return states.restore(step, abstract)
 
 
@@ -204,8 +209,26 @@ def training_batches(config: Experiment, start: int, datasets: list | None = Non
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Options(Limited):
+    """What the command line says beside the experiment."""
+
+    workdir: Path
+    """folder of the run: config.json, log.jsonl, checkpoints/, model/"""
+    accept_changes: bool = False
+    """go on with the run in WORKDIR although it was begun with another experiment; what differs is printed"""
+    tensorboard: bool = False
+    """write event files to WORKDIR/tensorboard too (needs the extra [tensorboard])"""
+    profile: str = ""
+    """steps to trace, as 10:20, both included, into WORKDIR/profile"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        steps_of(self.profile)
+
+
 @dataclass(frozen=True)
-class Arguments(Options, Limited):
+class Arguments(Options):
     """Train a model.
 
     CONFIG is a .py file that defines `config = Experiment(…)`, or the name of a packaged one. Every field of the
@@ -216,12 +239,6 @@ class Arguments(Options, Limited):
     """
 
     config: tyro.conf.Positional[str]
-    workdir: Path
-    """folder of the run: config.json, log.jsonl, checkpoints/, model/"""
-
-    def __post_init__(self):
-        super().__post_init__()
-        steps_of(self.profile)
 
 
 def parse(argv: list[str] | None) -> tuple[Experiment, Arguments]:
@@ -235,9 +252,8 @@ def parse(argv: list[str] | None) -> tuple[Experiment, Arguments]:
     config = load_config(argv[0], Experiment)
 
     @dataclass(frozen=True, kw_only=True)
-    class Given(Experiment[type(config.method)], Options, Limited):
-        workdir: Path
-        """folder of the run: config.json, log.jsonl, checkpoints/, model/"""
+    class Given(Experiment[type(config.method)], Options):
+        pass
 
     fields = {field: getattr(config, field) for field in Experiment.__dataclass_fields__}
     default = Given(**fields, workdir=tyro.MISSING)
@@ -253,12 +269,8 @@ def parse(argv: list[str] | None) -> tuple[Experiment, Arguments]:
         config=(tyro.conf.AvoidSubcommands,),
     )
     config = Experiment(**{field: getattr(given, field) for field in fields})
-    others = {
-        field: getattr(given, field)
-        for field in Arguments.__dataclass_fields__
-        if field != "config"
-    }
-    arguments = Arguments(config=argv[0], **others)
+    options = {field: getattr(given, field) for field in Options.__dataclass_fields__}
+    arguments = Arguments(argv[0], **options)
     return with_limit(config, given.limit) if given.limit else config, arguments
 
 
@@ -281,7 +293,13 @@ def main(argv: list[str] | None = None) -> None:
         if processes.first():
             print(f"{workdir / 'model'} is finished; choose another --workdir to train again")
         return
-    folder = train(config, workdir, arguments)
+    folder = train(
+        config,
+        workdir,
+        accept_changes=arguments.accept_changes,
+        tensorboard=arguments.tensorboard,
+        profile=arguments.profile,
+    )
     if processes.first():
         print(f"the best model is {folder}")
 

@@ -34,7 +34,7 @@ from cir_jax.data.inputs import Inputs
 from cir_jax.data.pipeline import TRIES, substitutes, train_batches
 from cir_jax.data.text import TextSpec
 from cir_jax.methods.clip import ClipConfig
-from cir_jax.train import Options, train
+from cir_jax.train import train
 from cir_jax.training.watch import Watch
 
 INPUTS = Inputs(image=ImageSpec(size=64), text=TextSpec(vocab=str(VOCABULARY), length=24))
@@ -102,7 +102,7 @@ def changed(config: Experiment, **fields) -> Experiment:
 @pytest.fixture(scope="module")
 def undisturbed(experiment, tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("undisturbed")
-    train(experiment, workdir, Options(tensorboard=True, profile="3:4"))
+    train(experiment, workdir, tensorboard=True, profile="3:4")
     return workdir
 
 
@@ -265,7 +265,7 @@ def test_a_changed_experiment_is_refused_unless_told(experiment, undisturbed, tm
     with pytest.raises(ValueError, match=r"checkpoints/4 holds .* experiment \(different: train.s"):
         train(experiment, tmp_path)
     files.write_json(tmp_path / "config.json", typed.portable(config))
-    train(longer, tmp_path, Options(accept_changes=True))
+    train(longer, tmp_path, accept_changes=True)
     assert "going on with another experiment: mesh.fsdp 1, now 2" in capsys.readouterr().err
     assert sorted(losses(tmp_path)) == [1, 2, 3, 4, 6, 8, 10, 12]
     about = json.loads((tmp_path / "model" / "manifest.json").read_text())["about"]
@@ -278,13 +278,13 @@ def test_a_state_of_other_shapes_is_refused_even_if_told(experiment, tmp_path):
     train(config, tmp_path)
     wider = dataclasses.replace(config, method=dataclasses.replace(config.method, embed=20))
     with pytest.raises(ValueError, match=r"another model or optimizer: \d+ arrays differ, .*saved"):
-        train(wider, tmp_path, Options(accept_changes=True))
+        train(wider, tmp_path, accept_changes=True)
     thawed = dataclasses.replace(config, optim=Optim(lr=1e-3, warmup=2))
     with pytest.raises(ValueError, match=r"saved, None wanted"):
-        train(thawed, tmp_path, Options(accept_changes=True))
+        train(thawed, tmp_path, accept_changes=True)
     # The folder still belongs to the run that is in it.
     assert (tmp_path / "model").is_dir()
-    train(changed(experiment, steps=2), tmp_path, Options(accept_changes=True))
+    train(changed(experiment, steps=2), tmp_path, accept_changes=True)
 
 
 def test_arrays_of_other_shapes_are_refused(tmp_path):
@@ -479,12 +479,12 @@ def test_tensorboard_gets_every_record(undisturbed):
 
 
 def test_tensorboard_without_its_package_says_what_to_install(monkeypatch, tmp_path):
-    from cir_jax.training.log import tensorboard
+    from cir_jax.training.log import event_file
 
     monkeypatch.setitem(sys.modules, "tensorboard.compat.proto.event_pb2", None)
     with (
         pytest.raises(ModuleNotFoundError, match=r"pip install 'cir_jax\[tensorboard\]'"),
-        tensorboard(tmp_path),
+        event_file(tmp_path),
     ):
         pass
 

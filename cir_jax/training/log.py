@@ -56,8 +56,8 @@ def write_records(path: Path, records: list[dict]) -> None:
 
 
 @contextlib.contextmanager
-def tensorboard(folder: Path, first: int = 0) -> Iterator[Callable]:
-    """Yield `write(step, values)`, which adds scalars to an event file in `folder`.
+def event_file(folder: Path, first: int = 0) -> Iterator[Callable]:
+    """Yield `write(step, values)`, which adds scalars to an event file of TensorBoard's in `folder`.
 
     TensorBoard forgets what an interrupted run wrote behind step `first`.
 
