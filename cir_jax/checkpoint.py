@@ -1,7 +1,7 @@
 """Checkpoints on disk; the only file that imports Orbax.
 
 Two kinds. A *model* is what others use: `manifest.json` (method, config, fingerprint), `params/` and its own copy of
-the vocabulary. A *training state* lives in `WORKDIR/checkpoints/STEP/` with separate items `params`, `frozen`, `opt`.
+the vocabulary. A *training state* lives in `WORKDIR/checkpoints/STEP/` with separate items `params`, `opt`, `config`.
 """
 
 import asyncio
@@ -17,12 +17,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 from flax import nnx, traverse_util
 
-from cir_jax import files
+from cir_jax import files, sharding
 from cir_jax.methods import METHODS, build, method_name
 from cir_jax.stopping import unstopped
 from cir_jax.typed import from_json, to_json
@@ -260,48 +261,127 @@ def _restore(folder: Path, shapes, dtype):
 
 
 class TrainingStates:
-    """The checkpoints of one workdir: save and restore `{"params", "frozen", "opt"}` by step."""
+    """The checkpoints of one run: `{"params", "frozen", "opt"}` by step, and the experiment each is of.
 
-    def __init__(self, workdir: Path):
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, step_prefix=None)
-        self.folder = (workdir / "checkpoints").absolute()
-        self.manager = ocp.CheckpointManager(self.folder, options=options)
+    `WORKDIR/checkpoints/STEP` holds `params`, `opt` and `config`. What is frozen never changes and is written once, to
+    `WORKDIR/frozen`. A step appears under its name only when it is complete, and after what is frozen; what a killed
+    process left half written is removed at the next start. In several processes all call every method.
+    """
+
+    def __init__(self, workdir: Path, config: Mapping, keep: int = 2):
+        """`config` is the experiment as JSON (`cir_jax.typed.portable`); the last `keep` steps are kept."""
+        self.folder, self.config = (workdir / "checkpoints").absolute(), dict(config)
+        self.frozen, self.frozen_writer = (
+            (workdir / "frozen").absolute(),
+            ocp.StandardCheckpointer(),
+        )
+        arrays, values = ocp.StandardCheckpointHandler, ocp.JsonCheckpointHandler
+        self.manager = ocp.CheckpointManager(
+            self.folder,
+            item_handlers={"params": arrays(), "opt": arrays(), "config": values()},
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
+        )
 
     def latest(self) -> int:
-        """The newest complete step, 0 if there is none."""
+        """The newest complete step, or the one that is being written; 0 if there is none."""
         return self.manager.latest_step() or 0
 
     def save(self, step: int, state) -> None:
-        """Write a state in the background; an empty part (nothing frozen) is left out.
+        """Write a state in the background; the loop goes on as soon as the devices' memory is copied.
+
+        If the state before is still being written, its end is waited for: with several processes all have to
+        decide alike, and a disk that is too slow shall be seen (save less often).
 
         OSError if the disk is full, of this state or of the one before, whose writing ends here.
         """
-        files.refuse_full(self.folder, sum(x.nbytes for x in jax.tree.leaves(state)))
-        items = {
-            name: ocp.args.StandardSave(tree)
-            for name, tree in state.items()
-            if jax.tree.leaves(tree)
-        }
+        files.refuse_full(self.folder, _nbytes([state["params"], state["opt"]]))
         with files.reported(self.folder):
-            self.manager.save(step, args=ocp.args.Composite(**items), force=True)
+            self.frozen_writer.wait_until_finished()
+            self.manager.save(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(_kept(state["params"])),
+                    opt=ocp.args.StandardSave(_kept(state["opt"])),
+                    config=ocp.args.JsonSave(self.config),
+                ),
+                force=True,
+            )
+
+    def save_frozen(self, frozen) -> None:
+        """Write what is frozen in the background; called once, when a run begins, and not where it goes on."""
+        if not jax.tree.leaves(frozen):
+            return
+        files.refuse_full(self.folder, _nbytes(frozen))
+        with files.reported(self.frozen):
+            self.frozen_writer.save(self.frozen, _kept(frozen), force=True)
+
+    def saved_config(self, step: int) -> dict:
+        """The experiment of a step, as JSON."""
+        with unstopped():
+            return self.manager.restore(
+                step, args=ocp.args.Composite(config=ocp.args.JsonRestore())
+            )["config"]
 
     def restore(self, step: int, abstract):
-        """The state of `step`, placed as the shape structs of `abstract` say."""
-        args = {n: ocp.args.StandardRestore(t) for n, t in abstract.items() if jax.tree.leaves(t)}
+        """The state of `step`, placed as the shape structs of `abstract` say, on whatever mesh and processes.
+
+        Raises:
+          ValueError: the arrays of the step have other names or shapes, so it is a state of another model.
+        """
         with unstopped():
+            self._refuse_others(step, abstract)
+            args = {name: ocp.args.StandardRestore(abstract[name]) for name in ("params", "opt")}
             restored = self.manager.restore(step, args=ocp.args.Composite(**args))
-        return {name: restored[name] if name in args else tree for name, tree in abstract.items()}
+            state = {**abstract, **{name: restored[name] for name in args}}
+            if jax.tree.leaves(abstract["frozen"]):
+                state["frozen"] = self.frozen_writer.restore(self.frozen, abstract["frozen"])
+        return state
+
+    def _refuse_others(self, step: int, abstract) -> None:
+        stored = self.manager.item_metadata(step)
+        there = {name: stored[name].tree for name in ("params", "opt")}
+        if self.frozen.is_dir():
+            with _alone() as reader:
+                there["frozen"] = reader.metadata(self.frozen).item_metadata.tree
+        found, wanted = _shapes(there), _shapes(abstract)
+        names = sorted(n for n in found.keys() | wanted.keys() if found.get(n) != wanted.get(n))
+        if names:
+            told = [f"{n} ({found.get(n)} saved, {wanted.get(n)} wanted)" for n in names[:5]]
+            raise ValueError(
+                f"{self.folder}/{step} is a state of another model or optimizer: {len(names)} arrays differ, "
+                f"{', '.join(told)}; choose another --workdir"
+            )
 
     def close(self) -> None:
         with files.reported(self.folder):
             self.manager.wait_until_finished()
             self.manager.close()
+            self.frozen_writer.close()
+
+
+def _kept(tree):
+    """Arrays that the next step cannot overwrite while they are written.
+
+    Orbax copies them from the memory of an accelerator. On a CPU it reads them where they lie, and the step that they
+    are donated to would wait until they are written.
+    """
+    return jax.tree.map(jnp.copy, tree) if jax.default_backend() == "cpu" else tree
+
+
+def _nbytes(tree) -> int:
+    return sum(x.nbytes for x in jax.tree.leaves(tree))
+
+
+def _shapes(tree) -> dict[str, tuple[int, ...]]:
+    """The shape of every array of a tree by its path."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {sharding.path_name(path): tuple(x.shape) for path, x in leaves if hasattr(x, "shape")}
 
 
 @contextlib.contextmanager
-def training_states(workdir: Path):
+def training_states(workdir: Path, config: Mapping, keep: int = 2):
     """`TrainingStates` that wait for their last write when the block ends."""
-    states = TrainingStates(workdir)
+    states = TrainingStates(workdir, config, keep)
     try:
         yield states
     finally:

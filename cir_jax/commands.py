@@ -21,7 +21,8 @@ COMMANDS = {
     "bench": "measure speed and memory beside PyTorch (needs the extra [bench])",
 }
 DISTRIBUTED = ("train",)
-# Seen by a shell as after the default action of the signal: 128 and its number.
+# Seen by a shell as after the default action of the signal: 128 and its number. Launchers start a command that ended
+# with TERMINATED again: training has saved its step before, and the others have kept their finished parts.
 INTERRUPTED, TERMINATED, BROKEN_PIPE = 130, 143, 141
 FORESEEN = (ValueError, OSError, RuntimeError, ArithmeticError, MemoryError, ImportError)
 

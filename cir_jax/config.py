@@ -94,6 +94,9 @@ class Train:
     `batch_size` is the global batch over all processes and devices. `limit` takes only the first rows of each training
     set, for a quick try; 0 takes all. `workers` are the processes that prepare examples for each training set, each with
     a copy of it; 0 prepares in threads of this process, which is as fast until its Python is what takes longest.
+    The last `keep` checkpoints are kept, beside the best model. An example that cannot be read (a damaged picture) is
+    replaced by another of its set, listed, and counted; the run ends when they are more than the share `unreadable` of
+    a set, with 0 at the first.
 
     Pictures: `augment` scales, shifts, turns and tints them a little, as befits drawings on white, and leaves words out of
     offered wordings; `crop` shows a random part, of a share of the area between its two numbers and an aspect ratio of
@@ -117,6 +120,8 @@ class Train:
     export_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     limit: int = 0
     workers: int = 0
+    keep: int = 2
+    unreadable: float = 0.01
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """When something does not fit the memory of the devices."""
 
+import contextlib
 import sys
 from collections.abc import Callable
 from typing import TypeVar
@@ -33,6 +34,20 @@ def halved_once(
             ) from None
     print(f"{what} {size} does not fit {devices()}; going on with {size // 2}", file=sys.stderr)
     return halved_once(compute, size // 2, most, what)
+
+
+def peaks() -> dict[str, float]:
+    """The most memory that was in use so far, in GiB: of the fullest device, where it tells, else of this process."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    used = [each["peak_bytes_in_use"] for each in stats if "peak_bytes_in_use" in each]
+    if used:
+        return {"device_memory_gib": max(used) / 2**30}
+    with contextlib.suppress(ImportError):  # not on Windows
+        import resource
+
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return {"host_memory_gib": used / (2**30 if sys.platform == "darwin" else 2**20)}
+    return {}
 
 
 def devices() -> str:

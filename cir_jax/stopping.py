@@ -1,6 +1,7 @@
 """SIGINT and SIGTERM: where they unwind a program, and where they have to wait."""
 
 import contextlib
+import os
 import signal
 import sys
 
@@ -17,12 +18,15 @@ class _Stops:
     NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self):
-        self.running, self.held, self.asked = False, 0, None
+        self.running, self.held, self.asked, self.together = False, 0, None, False
 
     def __call__(self, number, frame):
-        for each in self.NUMBERS:
+        # Together, SIGTERM is not ours: it is what tells the other processes.
+        for each in (number,) if self.together else self.NUMBERS:
             signal.signal(each, signal.SIG_DFL)
         self.asked = Terminated if number == signal.SIGTERM else KeyboardInterrupt
+        if self.together:
+            os.kill(os.getpid(), signal.SIGTERM)
         self.look()
 
     def look(self, *_):
@@ -97,3 +101,40 @@ def unstopped():
     finally:
         _stops.held -= 1
     _stops.look()
+
+
+# ---- several processes: all of them stop after the same step ----
+
+
+@contextlib.contextmanager
+def together():
+    """A block in which a stop of one of several processes waits until all stop (`stop_together`); alone, it does not.
+
+    The signal that `jax.distributed` passes on is SIGTERM, for which it has put its own handler in the place of ours.
+    """
+    import jax
+
+    if jax.process_count() == 1:
+        yield
+        return
+    with unstopped():
+        _stops.together = True
+        try:
+            yield
+        finally:
+            _stops.together = False
+
+
+def stop_together(step: int) -> None:
+    """Raise the stop that any of several processes was asked for, in all of them after the same step.
+
+    Called by every process after each of its steps.
+    """
+    import jax
+    from jax.experimental import multihost_utils
+
+    if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+        for each in _Stops.NUMBERS:  # the next signal ends the process at once
+            signal.signal(each, signal.SIG_DFL)
+        _stops.asked = _stops.asked or Terminated
+        raise _stops.asked

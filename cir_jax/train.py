@@ -1,50 +1,76 @@
 """`python -m cir_jax.train CONFIG --workdir DIR [--field value …]`: the one training loop, for every method."""
 
 import contextlib
-import shutil
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tyro
 
-from cir_jax import files, processes
+from cir_jax import files, processes, stopping
 from cir_jax.commands import Limited
 from cir_jax.compilation import keep_compiled
 from cir_jax.config import Experiment, load_config, packaged_configs
 from cir_jax.progress import progress
 from cir_jax.stopping import unstopped
 from cir_jax.training.checks import check_batch, check_experiment, check_parts
-from cir_jax.training.log import Log, check_finite
-from cir_jax.training.workdir import prepare_workdir
+from cir_jax.training.profile import steps_of
+from cir_jax.training.workdir import (
+    change_workdir,
+    check_workdir,
+    prepare_workdir,
+    refuse_changes,
+    remove_leftovers,
+)
+from cir_jax.typed import portable
 from cir_jax.workspace import Workspace
 
 
-def train(config: Experiment, workdir: Path) -> Path:
+def train(
+    config: Experiment,
+    workdir: Path,
+    *,
+    accept_changes: bool = False,
+    tensorboard: bool = False,
+    profile: str = "",
+) -> Path:
     """Run an experiment to its end and return the folder of its best model.
 
     The state is restored from the newest checkpoint of `workdir` if there is one; from then on the run repeats what
-    an undisturbed one would have computed, bit for bit on the same mesh. BlockingIOError if another run is at it.
+    an undisturbed one would have computed, bit for bit on the same mesh. A SIGINT or SIGTERM saves the step that is
+    under way and unwinds.
+
+    Args:
+      accept_changes: go on with a run that was begun with another experiment.
+      tensorboard: write event files to `workdir/tensorboard` too.
+      profile: steps to trace, as `10:20`, both included, into `workdir/profile`.
+
+    Raises:
+      BlockingIOError: another run is at it.
+      ValueError: what the folder holds, the experiment or the data is wrong.
+      FloatingPointError: a loss is not finite.
     """
     with files.reported(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
     with files.lock(workdir) if processes.first() else contextlib.nullcontext():
-        # What a run left that was killed while it wrote.
-        for leftover in workdir.glob(f"{files.TEMPORARY}*"):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        prepare_workdir(config, workdir)  # once more, now that nobody else writes
-        return _train(config, workdir)
+        if processes.first():
+            remove_leftovers(workdir)
+        prepare_workdir(config, workdir, accept_changes)
+        return _train(config, workdir, accept_changes, tensorboard, profile)
 
 
-def _train(config: Experiment, workdir: Path) -> Path:
+def _train(config: Experiment, workdir: Path, accept_changes, tensorboard, profile) -> Path:
     import jax
     import numpy as np
 
     from cir_jax import checkpoint, sharding
     from cir_jax.training import optim
     from cir_jax.training.best import Best
+    from cir_jax.training.log import Log, event_file
+    from cir_jax.training.profile import Profile
     from cir_jax.training.step import make_init, make_step
     from cir_jax.training.warm_start import warm_start
+    from cir_jax.training.watch import Watch, operations
 
     work = Workspace()
     check_experiment(config, work)
@@ -61,36 +87,71 @@ def _train(config: Experiment, workdir: Path) -> Path:
         donate_argnums=0,
         out_shardings=(places, sharding.replicated(mesh)),
     )
-    best = Best(config, graph, workdir, work=work)
-    with checkpoint.training_states(workdir) as states:
-        first = states.latest()
-        log = Log(workdir / "log.jsonl", config.train.batch_size, first)
+    learning_rate = jax.jit(optim.schedule(config.optim, steps))
+    datasets = training_sets(config)
+    with contextlib.ExitStack() as opened:
+        enter = opened.enter_context
+        states = enter(checkpoint.training_states(workdir, portable(config), config.train.keep))
+        done = first = states.latest()
+        shown = tensorboard and processes.first()
+        events = enter(event_file(workdir / "tensorboard", first)) if shown else None
+        log = Log(workdir / "log.jsonl", first, events)
         if first:
-            if processes.first():
-                print(f"continuing from step {first}", file=sys.stderr)
-            state = states.restore(first, sharding.placed(abstract, places))
+            state = restored(config, states, sharding.placed(abstract, places), accept_changes)
         else:
             state = jax.jit(init, out_shardings=places)(jax.random.key(seed))
             state = warm_start(state, config)
-        with (
-            contextlib.closing(training_batches(config, first)) as batches,
-            progress("training", steps, first) as advance,
-            named_if_full(config),
-        ):
+            states.save_frozen(state["frozen"])
+        change_workdir(config, workdir)  # what differs is accepted, and the state fits
+        best = Best(config, graph, workdir, work=work)
+        watch = Watch(config, workdir, datasets, first, operations(config, tx, abstract))
+        trace = enter(contextlib.closing(Profile(workdir / "profile", profile)))
+        batches = enter(contextlib.closing(training_batches(config, first, datasets)))
+        advance = enter(progress("training", steps, first))
+        enter(named_if_full(config))
+        enter(stopping.together())
+        if due(config.train.eval_every, first, steps) and first and not log.evaluated:
+            log(first, best.consider(state, first))
+        try:
             for number in range(first, steps):
-                state, metrics = step(
-                    state, sharding.put_batch(next(batches), mesh), np.int32(number)
-                )
-                done = number + 1
-                if due(config.train.log_every, done, steps):
-                    log(done, check_finite(jax.device_get(metrics), done))
-                if due(config.train.eval_every, done, steps):
-                    log(done, best.consider(state, done))
-                if due(config.train.save_every, done, steps):
-                    with unstopped():
+                batch, rows = watch.next(batches)
+                with unstopped():
+                    trace.before(number + 1)
+                    batch = sharding.put_batch(batch, mesh)
+                    state, metrics = step(state, batch, np.int32(number))
+                    done = number + 1
+                    watch.add(done, metrics, rows)
+                    trace.after(done, state)
+                    if due(config.train.log_every, done, steps):
+                        log(done, {**watch.values(done), "learning_rate": learning_rate(number)})
+                    if due(config.train.save_every, done, steps):
+                        watch.look()
                         states.save(done, state)
+                if due(config.train.eval_every, done, steps):
+                    watch.look()
+                    log(done, best.consider(state, done))
+                    watch.restart(done)
                 advance(1)
+                stopping.stop_together(done)
+        except BaseException as error:
+            # A library may have made something else of being stopped.
+            if isinstance(error, KeyboardInterrupt) or stopping.asked():
+                with unstopped():
+                    watch.look()
+                    if states.latest() < done:
+                        states.save(done, state)
+            raise
     return best.publish()
+
+
+def restored(config: Experiment, states, abstract, accept_changes: bool):
+    """The newest state, placed as `abstract` says; ValueError if it is of another experiment, unless that is accepted."""
+    step = states.latest()
+    if processes.first():
+        print(f"continuing from step {step}", file=sys.stderr)
+    stored, place = states.saved_config(step), f"{states.folder}/{step}"
+    refuse_changes(stored, config, place, accept_changes)
+    return states.restore(step, abstract)
 
 
 @contextlib.contextmanager
@@ -116,19 +177,25 @@ def due(every: int, done: int, steps: int) -> bool:
     return done == steps or done % every == 0
 
 
-def training_batches(config: Experiment, start: int):
-    """The batches of an experiment from step `start` on, for this process."""
-    import jax
-
+def training_sets(config: Experiment) -> list:
+    """The training sets of an experiment."""
     from cir_jax.data import training_set
-    from cir_jax.data.augment import Changes
     from cir_jax.data.benchmark import first_rows
-    from cir_jax.data.pipeline import train_batches
 
     datasets = [first_rows(training_set(data), config.train.limit) for data in config.data]
     check_parts(datasets, config)
+    return datasets
+
+
+def training_batches(config: Experiment, start: int, datasets: list | None = None):
+    """The batches of an experiment from step `start` on, for this process."""
+    import jax
+
+    from cir_jax.data.augment import Changes
+    from cir_jax.data.pipeline import train_batches
+
     return train_batches(
-        datasets,
+        datasets or training_sets(config),
         [data.weight for data in config.data],
         config.method.inputs,
         blocks=[data.block for data in config.data],
@@ -141,23 +208,40 @@ def training_batches(config: Experiment, start: int):
         drop_last=config.train.drop_last,
         reshuffle=config.train.reshuffle,
         workers=config.train.workers,
+        strict=not config.train.unreadable,
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Options(Limited):
+    """What the command line says beside the experiment."""
+
+    workdir: Path
+    """folder of the run: config.json, log.jsonl, checkpoints/, model/"""
+    accept_changes: bool = False
+    """go on with the run in WORKDIR although it was begun with another experiment; what differs is printed"""
+    tensorboard: bool = False
+    """write event files to WORKDIR/tensorboard too (needs the extra [tensorboard])"""
+    profile: str = ""
+    """steps to trace, as 10:20, both included, into WORKDIR/profile"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        steps_of(self.profile)
+
+
 @dataclass(frozen=True)
-class Arguments(Limited):
+class Arguments(Options):
     """Train a model.
 
     CONFIG is a .py file that defines `config = Experiment(…)`, or the name of a packaged one. Every field of the
     experiment can be changed behind it (`--optim.lr 1e-4`); `CONFIG --help` lists them with their values. An
-    interrupted run continues from its last checkpoint when the same command is given again. The best model of the
-    run ends up in WORKDIR/model. With a --limit only the first rows of each training set and the first queries of
+    interrupted run continues from its last checkpoint when the same command is given again; SIGTERM and Ctrl-C save
+    one before they end it. The best model of the run ends up in WORKDIR/model. With a --limit only the first rows of each training set and the first queries of
     each benchmark take part.
     """
 
     config: tyro.conf.Positional[str]
-    workdir: Path
-    """folder of the run: config.json, log.jsonl, checkpoints/, model/"""
 
 
 def parse(argv: list[str] | None) -> tuple[Experiment, Arguments]:
@@ -171,9 +255,8 @@ def parse(argv: list[str] | None) -> tuple[Experiment, Arguments]:
     config = load_config(argv[0], Experiment)
 
     @dataclass(frozen=True, kw_only=True)
-    class Given(Experiment[type(config.method)], Limited):
-        workdir: Path
-        """folder of the run: config.json, log.jsonl, checkpoints/, model/"""
+    class Given(Experiment[type(config.method)], Options):
+        pass
 
     fields = {field: getattr(config, field) for field in Experiment.__dataclass_fields__}
     default = Given(**fields, workdir=tyro.MISSING)
@@ -189,7 +272,8 @@ def parse(argv: list[str] | None) -> tuple[Experiment, Arguments]:
         config=(tyro.conf.AvoidSubcommands,),
     )
     config = Experiment(**{field: getattr(given, field) for field in fields})
-    arguments = Arguments(argv[0], given.workdir, cache=given.cache, limit=given.limit)
+    options = {field: getattr(given, field) for field in Options.__dataclass_fields__}
+    arguments = Arguments(argv[0], **options)
     return with_limit(config, given.limit) if given.limit else config, arguments
 
 
@@ -207,12 +291,18 @@ def main(argv: list[str] | None = None) -> None:
     workdir = arguments.workdir
     processes.join()
     keep_compiled(arguments.cache)
-    prepare_workdir(config, workdir)
-    if (workdir / "model").exists():
+    changed = check_workdir(config, workdir, arguments.accept_changes)
+    if (workdir / "model").exists() and not changed:
         if processes.first():
             print(f"{workdir / 'model'} is finished; choose another --workdir to train again")
         return
-    folder = train(config, workdir)
+    folder = train(
+        config,
+        workdir,
+        accept_changes=arguments.accept_changes,
+        tensorboard=arguments.tensorboard,
+        profile=arguments.profile,
+    )
     if processes.first():
         print(f"the best model is {folder}")
 

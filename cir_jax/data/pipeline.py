@@ -1,16 +1,20 @@
 """Batches for training and for everything else; the only file that imports Grain.
 
 The step number is the whole state: batch `s` depends on the seed and on `s` alone, never on how many processes, threads
-or workers made it, so a run resumes exactly at any step.
+or workers made it, so a run resumes exactly at any step. So does what stands in for an example that cannot be read:
+which one it is depends on nothing but the row and what lies on the disk.
 """
 
 import contextlib
 import functools
+import itertools
+import math
 import os
 import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import grain
 import numpy as np
@@ -61,17 +65,71 @@ def _changed(image, spec: ImageSpec, rng: np.random.Generator, changes: Changes)
     return augment(image, rng) if changes.augment else image
 
 
-class _Blocks:
-    """A data set as runs of consecutive rows; an incomplete last run is left out."""
+TRIES = 10  # examples that may stand in for one that cannot be read, before something must be wrong with all
 
-    def __init__(self, dataset: Dataset, size: int):
-        self.dataset, self.size = dataset, size
+
+def substitutes(number: int, count: int) -> list[int]:
+    """What stands in for one of `count` examples, in this order, where it cannot be read.
+
+    They lie far apart, because what is damaged often lies together: so many times the nearest whole number from
+    0.618 `count` on that has no divisor in common with `count`, modulo `count`.
+    """
+    apart = next(n for n in itertools.count(int(0.618 * count) or 1) if math.gcd(n, count) == 1)
+    return [(number + n * apart) % count for n in range(1, min(TRIES, count - 1) + 1)]
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """Makes the arrays of a block: consecutive rows of a data set, or of what stands in for them.
+
+    They come with `rows`: which were `asked` for and which are `shown`, int32 `[block]`, and the number of their `set`.
+    """
+
+    dataset: Dataset
+    set: int
+    size: int
+    inputs: Inputs
+    changes: Changes
+    strict: bool
 
     def __len__(self) -> int:
+        """How many blocks there are; an incomplete last one is left out."""
         return len(self.dataset) // self.size
 
-    def __getitem__(self, number: int) -> list[Mapping]:
-        return [self.dataset[number * self.size + row] for row in range(self.size)]
+    def __call__(self, number: int, rng: np.random.Generator) -> dict:
+        for shown in (number, *([] if self.strict else substitutes(number, len(self)))):
+            try:
+                made = self._examples(shown, rng)
+            except (ValueError, OSError) as error:
+                unreadable = error
+                continue
+            return made | {"rows": self._rows(number, shown)}
+        if not self.strict:
+            raise ValueError(
+                f"the example {number} cannot be read, nor any of {TRIES} in its place; of the last: {unreadable}"
+            ) from unreadable
+        raise unreadable
+
+    def _examples(self, block: int, rng: np.random.Generator) -> dict:
+        raws = [self.dataset[row] for row in self._numbers(block)]
+        return _examples(raws, rng, self.inputs, self.changes)
+
+    def _numbers(self, block: int) -> range:
+        return range(block * self.size, (block + 1) * self.size)
+
+    def _rows(self, asked: int, shown: int) -> dict[str, np.ndarray]:
+        numbers = {"asked": self._numbers(asked), "shown": self._numbers(shown)}
+        arrays = {name: np.array(rows, np.int32) for name, rows in numbers.items()}
+        return arrays | {"set": np.full(self.size, self.set, np.int32)}
+
+
+def fault(dataset: Dataset, row: int, inputs: Inputs) -> str | None:
+    """Why a training pair cannot be read, in words; None if it can."""
+    try:
+        _examples([dataset[row]], np.random.default_rng(0), inputs, Changes(augment=False))
+    except (ValueError, OSError) as error:
+        return str(error)
+    return None
 
 
 class _Part:
@@ -90,30 +148,26 @@ class _Part:
 
 
 def _stream(
-    dataset: Dataset,
-    block,
-    inputs: Inputs,
+    prepared: _Prepared,
     *,
     seed,
     batch_size,
     start,
     process,
     processes,
-    changes,
     drop_last,
     reshuffle,
     workers,
 ):
     """Batches of one data set, from its own batch number `start` on."""
-    transform = lambda raws, rng: _examples(raws, rng, inputs, changes)
-    size = batch_size // block
-    blocks = grain.MapDataset.source(_Blocks(dataset, block)).seed(seed).shuffle()
+    size = batch_size // prepared.size
+    blocks = grain.MapDataset.range(len(prepared)).seed(seed).shuffle()
     if drop_last:
         blocks = blocks[: len(blocks) // size * size]
     # The transform belongs to the endless data set: its random numbers are the block's, whoever computes it.
-    blocks = blocks.repeat(None, reseed_each_epoch=reshuffle).random_map(transform)
+    blocks = blocks.repeat(None, reseed_each_epoch=reshuffle).random_map(prepared)
     part = grain.MapDataset.source(_Part(blocks, start, size, process, processes))
-    elements = _ahead(part, max(2, 256 // block), workers)
+    elements = _ahead(part, max(2, 256 // prepared.size), workers)
     return iter(elements.batch(size // processes, drop_remainder=True).map(_joined))
 
 
@@ -139,14 +193,15 @@ def _ahead(dataset: grain.MapDataset, buffer: int, workers: int = 0) -> grain.It
 
 
 def _attend(program: int, worker: int, workers: int) -> None:
-    """End a worker process with its program, and only then: Ctrl-C reaches both, and the program ends its workers."""
+    """End a worker process with its program, and only then: a signal may reach both, and the program ends its workers."""
 
     def watch():
         while os.getppid() == program:
             time.sleep(1)
         os._exit(1)
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=watch, daemon=True).start()
 
 
@@ -177,8 +232,12 @@ def train_batches(
     drop_last: bool = False,
     reshuffle: bool = True,
     workers: int = 0,
+    strict: bool = False,
 ) -> Iterator[dict]:
-    """Endless batches from step `start`: `{"query": {…}, "item": {…}}` with this process's rows.
+    """Endless batches from step `start`: `{"query": {…}, "item": {…}, "rows": {…}}` with this process's rows.
+
+    An example that cannot be read is replaced, with its whole block, by another (`substitutes`). `rows` tells by
+    int32 `[b]` arrays: the number of the `set`, which of its rows the order `asked` for and which are `shown`.
 
     Args:
       datasets: of raw pairs `{"query": …, "item": …, "group": int}`; `texts` offers several wordings, one is drawn. A row
@@ -189,6 +248,11 @@ def train_batches(
       changes: what happens to pictures and wordings.
       drop_last, reshuffle: as the fields of `cir_jax.config.Train`.
       workers: processes that prepare the examples of each data set, 0 for threads; close the iterator to end them.
+      strict: an example that cannot be read is an error.
+
+    Raises:
+      ValueError: sizes that do not fit each other; an example that cannot be read, and none of ten in its place.
+      ValueError, OSError: with `strict`, whatever is wrong with the first example that cannot be read.
     """
     blocks = blocks or [1] * len(datasets)
     if min(blocks) < 1 or any(batch_size % (processes * block) for block in blocks):
@@ -208,15 +272,12 @@ def train_batches(
     done = [rounds * w + order[:within].count(d) for d, w in enumerate(weights)]
     streams = [
         _stream(
-            dataset,
-            blocks[number],
-            inputs,
+            _Prepared(dataset, number, blocks[number], inputs, changes, strict),
             seed=seed + number,
             batch_size=batch_size,
             start=done[number],
             process=process,
             processes=processes,
-            changes=changes,
             drop_last=drop_last,
             reshuffle=reshuffle,
             workers=workers,

@@ -3,53 +3,87 @@
 import contextlib
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from cir_jax import files, processes
 
 
 class Log:
-    """JSON lines in a file and one readable line per record on stdout, from process 0 only."""
+    """JSON lines in a file and one readable line per record on stdout, from process 0 only.
 
-    def __init__(self, path: Path, rows_per_step: int, first: int = 0):
-        """Go on behind step `first`; what an interrupted run logged after it will be logged again."""
-        self.path, self.rows_per_step = path, rows_per_step
-        self.start, self.last = time.monotonic(), None
-        if processes.first() and path.exists():
-            with files.write_atomically(path) as part:
-                part.write_text("".join(_records_until(path, first)))
+    Attributes:
+      evaluated: whether step `first` was evaluated before the run was interrupted; the same in every process.
+    """
+
+    def __init__(self, path: Path, first: int = 0, also: Callable | None = None):
+        """Go on behind step `first`; what an interrupted run logged after it will be logged again.
+
+        `also` gets every record too, as `also(step, values)` (TensorBoard).
+        """
+        self.path, self.also, self.start = path, also, time.monotonic()
+        before = list(records_until(path, first)) if path.exists() else []
+        self.evaluated = bool(before) and before[-1]["step"] == first and "loss" not in before[-1]
+        if processes.first() and before:
+            write_records(path, before)
 
     def __call__(self, step: int, values: Mapping[str, float]) -> None:
-        """Write one record; a record with a loss also gets the rows per second since the one before."""
+        """Write one record."""
         if not processes.first():
             return
-        now = time.monotonic()
-        record = {"step": step, "seconds": round(now - self.start, 1)}
-        record |= {name: float(f"{float(value):.6g}") for name, value in values.items()}
-        if "loss" in values:
-            if self.last:
-                record["rows_per_second"] = round(
-                    (step - self.last[0]) * self.rows_per_step / (now - self.last[1]), 1
-                )
-            self.last = (step, now)
+        values = {name: float(f"{float(value):.6g}") for name, value in values.items()}
+        record = {"step": step, "seconds": round(time.monotonic() - self.start, 1), **values}
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
         print("  ".join(f"{name} {value:.5g}" for name, value in record.items()), flush=True)
+        if self.also:
+            self.also(step, values)
 
 
-def _records_until(path: Path, step: int) -> Iterator[str]:
-    """The lines of a log up to a step; a line that was cut off is none."""
-    for line in path.read_text().splitlines(keepends=True):
+def records_until(path: Path, step: int) -> Iterator[dict]:
+    """The records of a file of JSON lines up to a step; a line that was cut off is none."""
+    for line in path.read_text().splitlines():
         with contextlib.suppress(ValueError):
-            if json.loads(line)["step"] <= step:
-                yield line
+            record = json.loads(line)
+            if record["step"] <= step:
+                yield record
 
 
-def check_finite(metrics: Mapping, step: int) -> Mapping:
-    """The metrics, or an error if the loss is NaN or infinite."""
-    if not abs(float(metrics["loss"])) < float("inf"):
-        raise FloatingPointError(
-            f"the loss is {metrics['loss']} at step {step}; lower optim.lr or raise optim.warmup"
-        )
-    return metrics
+def write_records(path: Path, records: list[dict]) -> None:
+    """Replace a file of JSON lines."""
+    with files.write_atomically(path) as part:
+        part.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+@contextlib.contextmanager
+def event_file(folder: Path, first: int = 0) -> Iterator[Callable]:
+    """Yield `write(step, values)`, which adds scalars to an event file of TensorBoard's in `folder`.
+
+    TensorBoard forgets what an interrupted run wrote behind step `first`.
+
+    Raises:
+      ModuleNotFoundError: the extra [tensorboard] is not installed.
+    """
+    try:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"--tensorboard needs the package tensorboard ({error}); "
+            "install it with: pip install 'cir_jax[tensorboard]'"
+        ) from None
+
+    writer = EventFileWriter(str(folder))
+    started = SessionLog(status=SessionLog.START)
+    writer.add_event(Event(wall_time=time.time(), step=first + 1, session_log=started))
+
+    def write(step: int, values: Mapping[str, float]) -> None:
+        scalars = [Summary.Value(tag=name, simple_value=x) for name, x in values.items()]
+        writer.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=scalars)))
+        writer.flush()
+
+    try:
+        yield write
+    finally:
+        writer.close()

@@ -1,30 +1,71 @@
 """The folder of a run: it belongs to one experiment and one state of its data."""
 
 import os
+import shutil
+import sys
 from pathlib import Path
 
-from cir_jax import files
+from cir_jax import files, processes
 from cir_jax.config import Experiment
 from cir_jax.typed import from_json, portable
 
 
-def prepare_workdir(config: Experiment, workdir: Path) -> None:
+def prepare_workdir(config: Experiment, workdir: Path, accept_changes: bool = False) -> None:
     """Make the folder of a run, or check that it belongs to the same experiment and data."""
+    check_workdir(config, workdir, accept_changes)
+    workdir.mkdir(parents=True, exist_ok=True)
+    check_tables(config, workdir / "tables.json")
+    if not (workdir / "config.json").exists():
+        files.write_json(workdir / "config.json", portable(config))
+
+
+def change_workdir(config: Experiment, workdir: Path) -> None:
+    """Make the folder of a run that of a changed experiment, and print what differs.
+
+    A finished run goes on: its model is the best so far again.
+    """
+    changed = check_workdir(config, workdir, accept_changes=True)
+    if not changed or not processes.first():
+        return
+    print(f"going on with another experiment: {', '.join(changed)}", file=sys.stderr)
+    if (workdir / "model").exists():
+        step = files.read_manifest(workdir / "model", "checkpoint")["about"]["step"]
+        (workdir / "model").rename(workdir / f"best-{step:07d}")
+    files.write_json(workdir / "config.json", portable(config))
+
+
+def check_workdir(config: Experiment, workdir: Path, accept_changes: bool = False) -> list[str]:
+    """What differs from the experiment that the folder belongs to; nothing is written.
+
+    Raises:
+      FileExistsError: the folder is a file.
+      ValueError: something differs, without `accept_changes`.
+    """
     if workdir.exists() and not workdir.is_dir():
         raise FileExistsError(f"{workdir.absolute()} is a file; choose another --workdir")
-    workdir.mkdir(parents=True, exist_ok=True)
-    path, value = workdir / "config.json", portable(config)
-    check_tables(config, workdir / "tables.json")
-    if not path.exists():
-        files.write_json(path, value)
-        return
-    before = _completed(files.read_json(path), config)
-    if before != value:
-        changed = ", ".join(differences(before, value))
+    path = workdir / "config.json"
+    return (
+        refuse_changes(files.read_json(path), config, str(workdir), accept_changes)
+        if path.exists()
+        else []
+    )
+
+
+def refuse_changes(stored, config: Experiment, place: str, accept: bool) -> list[str]:
+    """The fields in which a stored experiment differs, with both values; ValueError if there are any, unless accepted."""
+    changed = differences(_completed(stored, config), portable(config))
+    if changed and not accept:
         raise ValueError(
-            f"{workdir} holds a run of another experiment (different: {changed}); "
-            "choose another --workdir, or give the values it began with"
+            f"{place} holds a run of another experiment (different: {', '.join(changed)}); choose another --workdir, "
+            "give the values it began with, or go on with these by --accept-changes"
         )
+    return changed
+
+
+def remove_leftovers(workdir: Path) -> None:
+    """Remove what a run left that was killed while it wrote."""
+    for leftover in [*workdir.glob(f"{files.TEMPORARY}*"), *workdir.glob("frozen.orbax-*")]:
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
 def check_tables(config: Experiment, path: Path) -> None:
@@ -55,11 +96,11 @@ def _completed(stored, config: Experiment):
 
 
 def differences(a, b, path: str = "") -> list[str]:
-    """Dotted names of the fields in which two JSON values differ."""
+    """The fields in which two JSON values differ by their dotted names, with both values: `train.steps 30, now 60`."""
     if isinstance(a, dict) and isinstance(b, dict):
         return [
             d
             for k in sorted(a.keys() | b.keys())
             for d in differences(a.get(k), b.get(k), f"{path}.{k}".strip("."))
         ]
-    return [] if a == b else [path]
+    return [] if a == b else [f"{path} {files.shown(a)}, now {files.shown(b)}"]
