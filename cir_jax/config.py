@@ -59,6 +59,12 @@ class Train:
     `batch_size` is the global batch over all processes and devices. `limit` takes only the first rows of each training
     set, for a quick try; 0 takes all. `workers` are the processes that prepare examples for each training set, each with
     a copy of it; 0 prepares in threads of this process, which is as fast until its Python is what takes longest.
+
+    Three ways to a batch that does not fit. With `chunks` the encoders see that many parts of the batch, one after the
+    other, and again on the way back: the same loss and gradient for a third more work (gradient caching). With `ring`
+    contrastive losses hold the scores of a pair of devices instead of all with all: the same loss, of use from about
+    ten thousand rows on. With `accumulate` the gradient is the mean over that many micro-batches, each with negatives
+    of its own only: another, easier loss.
     """
 
     steps: int
@@ -71,6 +77,9 @@ class Train:
     export_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     limit: int = 0
     workers: int = 0
+    chunks: int = 1
+    ring: bool = False
+    accumulate: int = 1
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ def _train(config: Experiment, workdir: Path) -> Path:
     abstract = jax.eval_shape(init, jax.random.key(seed))
     places = sharding.shardings(abstract, mesh)
     step = jax.jit(
-        make_step(graph, tx, seed),
+        make_step(graph, tx, config.train, mesh),
         donate_argnums=0,
         out_shardings=(places, sharding.replicated(mesh)),
     )

@@ -22,7 +22,7 @@ def losses(config, mesh, steps=4):
     key = jax.random.key(config.train.seed)
     places = sharding.shardings(jax.eval_shape(init, key), mesh)
     state = jax.jit(init, out_shardings=places)(key)
-    step = jax.jit(make_step(graph, tx, 0), out_shardings=(places, sharding.replicated(mesh)))
+    step = jax.jit(make_step(graph, tx, config.train, mesh), out_shardings=(places, sharding.replicated(mesh)))
     batches, values = training_batches(config, 0), []
     for number in range(steps):
         state, metrics = step(state, sharding.put_batch(next(batches), mesh), np.int32(number))

@@ -14,6 +14,8 @@ LEAST = {  # field -> the smallest value it may have
     "train.eval_every": 1,
     "train.limit": 0,
     "train.workers": 0,
+    "train.chunks": 1,
+    "train.accumulate": 1,
     "optim.lr": 0,
     "optim.weight_decay": 0,
     "optim.warmup": 0,

@@ -3,24 +3,22 @@
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from cir_jax import methods
-from cir_jax.config import Experiment
+from cir_jax import large_batches, methods
+from cir_jax.config import Experiment, Train
 from cir_jax.training import optim
 
 
-def make_step(graph, tx, seed: int) -> Callable:
-    """The pure training step `(state, batch, number) -> (state, metrics)`."""
+def make_step(graph, tx, train: Train, mesh: jax.sharding.Mesh | None = None) -> Callable:
+    """The pure training step `(state, batch, number) -> (state, metrics)`; of `train` it reads how large batches are computed."""
+    slopes = make_gradients(graph, train, mesh)
 
     def step(state, batch, number):
-        key = jax.random.fold_in(jax.random.key(seed), number)
-
-        def loss(params):
-            return nnx.merge(graph, optim.join(params, state["frozen"])).loss(batch, key)
-
-        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state["params"])
+        key = jax.random.fold_in(jax.random.key(train.seed), number)
+        (value, metrics), grads = slopes(state["params"], state["frozen"], batch, key)
         updates, opt = tx.update(grads, state["opt"], state["params"])
         metrics |= {"loss": value, "grad_norm": optax.tree.norm(grads)}
         return {
@@ -30,6 +28,37 @@ def make_step(graph, tx, seed: int) -> Callable:
         }, metrics
 
     return step
+
+
+def make_gradients(graph, train: Train, mesh: jax.sharding.Mesh | None = None) -> Callable:
+    """`(params, frozen, batch, key) -> ((loss, metrics), gradients of params)`.
+
+    With `train.accumulate` they are the means over that many micro-batches, computed one after the other, each with
+    negatives of its own only: less memory, and another loss than that of the whole batch. `train.chunks` and `train.ring`
+    change no loss (`cir_jax.large_batches`).
+    """
+
+    def loss(params, frozen, batch, key):
+        with large_batches.computed(train.chunks, train.ring, mesh):
+            return nnx.merge(graph, optim.join(params, frozen)).loss(batch, key)
+
+    slopes = jax.value_and_grad(loss, has_aux=True)
+    if train.accumulate == 1:
+        return slopes
+
+    def accumulated(params, frozen, batch, key):
+        parts = large_batches.cut(batch, train.accumulate, mesh)
+        keys = jax.random.split(key, train.accumulate)
+        one = lambda part: slopes(params, frozen, *part)
+        shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], (parts, keys)))
+        total, _ = jax.lax.scan(
+            lambda total, part: (jax.tree.map(jnp.add, total, one(part)), None),
+            jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes),
+            (parts, keys),
+        )
+        return jax.tree.map(lambda x: x / train.accumulate, total)
+
+    return accumulated
 
 
 def make_init(config: Experiment, tx) -> Callable:
