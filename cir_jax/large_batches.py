@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cir_jax.sharding import BATCH
+from cir_jax.sharding import BATCH, batch_devices, replicated
 
 ROWS = BATCH[0]  # the axes of the mesh over which the rows of a batch are spread
 
@@ -30,7 +30,11 @@ class Way:
     used: set[str] = field(default_factory=set)
 
 
-_WAY: ContextVar[Way] = ContextVar("way", default=Way())
+_WAY: ContextVar[Way | None] = ContextVar("way", default=None)
+
+
+def _way() -> Way:
+    return _WAY.get() or Way()
 
 
 @contextlib.contextmanager
@@ -73,7 +77,7 @@ def in_chunks(
     Returns:
       A tree of `[B, …]`.
     """
-    way = _WAY.get()
+    way = _way()
     way.used.add("chunks")
     if way.chunks == 1:
         return encode(rows, key)
@@ -98,9 +102,33 @@ def cut(rows: Any, parts: int, mesh: Mesh | None = None) -> Any:
     return jax.tree.map(one, rows)
 
 
+def spread(rows: Any) -> Any:
+    """A tree of `[N, …]` whose rows are spread over the devices as those of the batch are; for the input of every layer.
+
+    Without it the compiler may spread columns instead, where the parameters of the layer are (`fsdp`), and send the
+    activations around in place of the parameters.
+    """
+    mesh = _way().mesh
+    if mesh is None:
+        return rows
+    place = NamedSharding(mesh, BATCH)
+    fits = lambda x: len(x) % batch_devices(mesh) == 0
+    one = lambda x: jax.lax.with_sharding_constraint(x, place) if fits(x) else x
+    return jax.tree.map(one, rows)
+
+
+def whole(table: jax.Array) -> jax.Array:
+    """A table of parameters, the same on every device, for looking rows of a batch up in it.
+
+    Without it the compiler may look all rows of the batch up on every device, in the columns of the table that are there.
+    """
+    mesh = _way().mesh
+    return table if mesh is None else jax.lax.with_sharding_constraint(table, replicated(mesh))
+
+
 def rings() -> bool:
     """True where losses are to be computed in a ring."""
-    way = _WAY.get()
+    way = _way()
     way.used.add("ring")
     return way.ring
 
@@ -118,7 +146,7 @@ def meet_all(meet: Callable, start: Any, own: Any, others: Any, *shared: jax.Arr
       others: a tree of `[B, …]`.
       shared: scalars that every meeting reads.
     """
-    way = _WAY.get()
+    way = _way()
     if not rings() or way.mesh is None:
         return meet(start, own, others, 0, *shared)
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import tyro
 
 from cir_jax import files, processes
-from cir_jax.commands import Limited
 from cir_jax.compilation import keep_compiled
 from cir_jax.config import Experiment, load_config, packaged_configs
 from cir_jax.progress import progress
 from cir_jax.stopping import unstopped
 from cir_jax.training.checks import check_batch, check_experiment, check_parts
+from cir_jax.training.dry_run import DryRun, dry_run
 from cir_jax.training.log import Log, check_finite
 from cir_jax.training.workdir import prepare_workdir
 from cir_jax.workspace import Workspace
@@ -41,9 +41,8 @@ def _train(config: Experiment, workdir: Path) -> Path:
     import numpy as np
 
     from cir_jax import checkpoint, sharding
-    from cir_jax.training import optim
     from cir_jax.training.best import Best
-    from cir_jax.training.step import make_init, make_step
+    from cir_jax.training.step import program
     from cir_jax.training.warm_start import warm_start
 
     work = Workspace()
@@ -51,16 +50,7 @@ def _train(config: Experiment, workdir: Path) -> Path:
     steps, seed = config.train.steps, config.train.seed
     mesh = sharding.make_mesh(config.mesh.fsdp, config.mesh.tensor)
     check_batch(config, mesh)
-    graph, _ = checkpoint.abstract_params(config.method)
-    tx = optim.optimizer(config.optim, steps)
-    init = make_init(config, tx)
-    abstract = jax.eval_shape(init, jax.random.key(seed))
-    places = sharding.shardings(abstract, mesh)
-    step = jax.jit(
-        make_step(graph, tx, config.train, mesh),
-        donate_argnums=0,
-        out_shardings=(places, sharding.replicated(mesh)),
-    )
+    graph, init, step, abstract = program(config, mesh)
     best = Best(config, graph, workdir, work=work)
     with checkpoint.training_states(workdir) as states:
         first = states.latest()
@@ -68,9 +58,9 @@ def _train(config: Experiment, workdir: Path) -> Path:
         if first:
             if processes.first():
                 print(f"continuing from step {first}", file=sys.stderr)
-            state = states.restore(first, sharding.placed(abstract, places))
+            state = states.restore(first, abstract)
         else:
-            state = jax.jit(init, out_shardings=places)(jax.random.key(seed))
+            state = init(jax.random.key(seed))
             state = warm_start(state, config)
         with (
             contextlib.closing(training_batches(config, first)) as batches,
@@ -141,8 +131,21 @@ def training_batches(config: Experiment, start: int):
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Options(DryRun):
+    """What the command line says beside the experiment."""
+
+    workdir: Path | None
+    """folder of the run: config.json, log.jsonl, checkpoints/, model/; a dry run needs none"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.workdir is None and not self.dry_run:
+            raise ValueError("--workdir is missing; training needs a folder for what it writes")
+
+
 @dataclass(frozen=True)
-class Arguments(Limited):
+class Arguments(Options):
     """Train a model.
 
     CONFIG is a .py file that defines `config = Experiment(…)`, or the name of a packaged one. Every field of the
@@ -153,8 +156,6 @@ class Arguments(Limited):
     """
 
     config: tyro.conf.Positional[str]
-    workdir: Path
-    """folder of the run: config.json, log.jsonl, checkpoints/, model/"""
 
 
 def parse(argv: list[str] | None) -> tuple[Experiment, Arguments]:
@@ -168,12 +169,12 @@ def parse(argv: list[str] | None) -> tuple[Experiment, Arguments]:
     config = load_config(argv[0], Experiment)
 
     @dataclass(frozen=True, kw_only=True)
-    class Given(Experiment[type(config.method)], Limited):
-        workdir: Path
-        """folder of the run: config.json, log.jsonl, checkpoints/, model/"""
+    class Given(Experiment[type(config.method)], Options):
+        pass
 
     fields = {field: getattr(config, field) for field in Experiment.__dataclass_fields__}
-    default = Given(**fields, workdir=tyro.MISSING)
+    dry = "--dry-run" in argv  # then no folder is needed
+    default = Given(**fields, dry_run=dry, workdir=None if dry else tyro.MISSING)
     prog = f"python -m cir_jax.train {argv[0]}"
     about = f"{Arguments.__doc__}\n{Experiment.__doc__}"
     # Where a field may be one of several classes, the config has chosen: no sub-command on the command line.
@@ -186,7 +187,8 @@ def parse(argv: list[str] | None) -> tuple[Experiment, Arguments]:
         config=(tyro.conf.AvoidSubcommands,),
     )
     config = Experiment(**{field: getattr(given, field) for field in fields})
-    arguments = Arguments(argv[0], given.workdir, cache=given.cache, limit=given.limit)
+    options = {field: getattr(given, field) for field in Options.__dataclass_fields__}
+    arguments = Arguments(argv[0], **options)
     return with_limit(config, given.limit) if given.limit else config, arguments
 
 
@@ -201,6 +203,8 @@ def with_limit(config: Experiment, n: int) -> Experiment:
 def main(argv: list[str] | None = None) -> None:
     """Train as the command line says, alone or as one of several processes."""
     config, arguments = parse(argv)
+    if arguments.dry_run:
+        return dry_run(config, arguments)
     workdir = arguments.workdir
     processes.join()
     keep_compiled(arguments.cache)

@@ -11,7 +11,7 @@ from flax import nnx
 from test_methods import INPUTS, drawn, training_batch
 
 from cir_jax import large_batches, losses, sharding
-from cir_jax.config import Train
+from cir_jax.config import Data, Train
 from cir_jax.methods import METHODS
 from cir_jax.methods.clip import ClipConfig
 from cir_jax.training.checks import check_batch
@@ -128,7 +128,7 @@ def quiet(name):
 def gradients(name, model, batch, mesh=None, **options):
     """((loss, metrics), gradients) of a batch, compiled; `options` are fields of `Train`."""
     compute = make_gradients(model.graph, Train(1, 8, **options), mesh)
-    key = jax.random.key(0) if name in ("clip", "bert") else None
+    key = jax.random.key(0) if name in ("clip", "bert", "blip_itm") else None
     return jax.jit(lambda params: compute(params, {}, batch, key))(model.params)
 
 
@@ -142,7 +142,30 @@ def test_chunks_change_neither_loss_nor_gradient(name):
     whole, parts = (gradients(name, model, batch, chunks=chunks) for chunks in (1, 4))
     close(parts[0], whole[0], 1e-5)
     scale = max(np.abs(x).max() for x in jax.tree.leaves(whole[1]))
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5 * scale), *(parts[1], whole[1]))
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5 * scale), *(parts[1], whole[1])
+    )
+
+
+def test_batches_that_cannot_be_cut_are_refused(tiny_experiment):
+    mesh, train = sharding.make_mesh(), tiny_experiment.train
+    check = lambda data=tiny_experiment.data, **changes: check_batch(
+        dataclasses.replace(
+            tiny_experiment, data=data, train=dataclasses.replace(train, **changes)
+        ),
+        mesh,
+    )
+    check(chunks=2), check(accumulate=2)
+    with pytest.raises(ValueError, match=r"8 does not divide by 4 .* times chunks 4; use 16"):
+        check(chunks=4)
+    with pytest.raises(ValueError, match="rows of a block are to meet"):
+        check(data=(Data("emoji-text", block=2),), accumulate=2)
+
+
+@pytest.mark.parametrize("option", [{"ring": True}, {"chunks": 2}])
+def test_what_would_have_no_effect_is_refused(option):
+    with pytest.raises(ValueError, match="but this loss"), large_batches.computed(**option):
+        losses.listwise(jnp.eye(4))
 
 
 def test_accumulation_is_the_mean_over_micro_batches():

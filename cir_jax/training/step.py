@@ -1,13 +1,14 @@
 """The first state of a run, and the pure step from one state to the next."""
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from cir_jax import large_batches, methods
+from cir_jax import checkpoint, large_batches, methods, sharding
 from cir_jax.config import Experiment, Train
 from cir_jax.training import optim
 
@@ -59,6 +60,38 @@ def make_gradients(graph, train: Train, mesh: jax.sharding.Mesh | None = None) -
         return jax.tree.map(lambda x: x / train.accumulate, total)
 
     return accumulated
+
+
+class Program(NamedTuple):
+    """What a training run computes on a mesh; nothing of it is compiled before its first use.
+
+    Attributes:
+      graph: of the method's module.
+      init: `key -> state`, random parameters in their places.
+      step: `(state, batch, number) -> (state, metrics)`; the state given is used up.
+      state: shapes and places of the state.
+    """
+
+    graph: Any
+    init: Callable
+    step: Callable
+    state: Any
+
+
+def program(config: Experiment, mesh: jax.sharding.Mesh) -> Program:
+    """The training of an experiment on a mesh."""
+    graph, _ = checkpoint.abstract_params(config.method)
+    tx = optim.optimizer(config.optim, config.train.steps)
+    init = make_init(config, tx)
+    abstract = jax.eval_shape(init, jax.random.key(config.train.seed))
+    places = sharding.shardings(abstract, mesh)
+    step = jax.jit(
+        make_step(graph, tx, config.train, mesh),
+        donate_argnums=0,
+        out_shardings=(places, sharding.replicated(mesh)),
+    )
+    init = jax.jit(init, out_shardings=places)
+    return Program(graph, init, step, sharding.placed(abstract, places))
 
 
 def make_init(config: Experiment, tx) -> Callable:
