@@ -18,11 +18,15 @@ from cir_jax import files
 from cir_jax.commands import Limited
 from cir_jax.config import Data, Experiment
 
-COMPOSED = {
-    "fashioniq",
-    "cirr",
-    "triplets",
-}  # a picture and a text ask for a picture; elsewhere a text
+# The parts of queries and items of training sets that need not be here; of all others a text and a picture.
+COMPOSED = (("image", "text"), ("image",))
+ASSUMED = {
+    "fashioniq": COMPOSED,
+    "cirr": COMPOSED,
+    "triplets": COMPOSED,
+    "captions": (("text",), ("text",)),
+    "imagenet/searle": (("text",), ("image", "text", "token")),
+}
 # The program is planned, not run: machine code need not be good.
 PLANNED = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -99,7 +103,7 @@ def needed(config: Experiment, compiled: bool = True) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
-    from cir_jax import sharding
+    from cir_jax import flops, sharding
     from cir_jax.training.checks import check_batch
     from cir_jax.training.step import program
 
@@ -117,15 +121,14 @@ def needed(config: Experiment, compiled: bool = True) -> dict[str, Any]:
     for kind in kinds_of_batches(config):
         batch = batch_shapes(config, kind, mesh)
         number = jax.ShapeDtypeStruct((), jnp.int32)
-        traced = step.trace(state, batch, number)
         found = {
             "query": list(kind.query),
             "item": list(kind.item),
             "assumed": kind.assumed,
             "batch_bytes_per_device": bytes_here(batch),
-            "flops": flops(traced.jaxpr.jaxpr),
+            "flops": flops.count(step, state, batch, number),
         }
-        lowered = traced.lower()
+        lowered = step.lower(state, batch, number)
         if compiled:
             made = lowered.compile(compiler_options=PLANNED)
             found["temporary_bytes_per_device"] = made.memory_analysis().temp_size_in_bytes
@@ -142,7 +145,7 @@ class Kind(NamedTuple):
 
     query: tuple[str, ...]
     item: tuple[str, ...]
-    assumed: bool
+    assumed: bool = False
 
 
 def kinds_of_batches(config: Experiment) -> list[Kind]:
@@ -151,17 +154,21 @@ def kinds_of_batches(config: Experiment) -> list[Kind]:
 
 
 def _kind(data: Data) -> Kind:
+    import numpy as np
+
     from cir_jax.data import training_set
 
     try:
         pair = training_set(data)[0]
     except FileNotFoundError:
-        query = ("image", "text") if data.name in COMPOSED else ("text",)
-        return Kind(query, ("image",), True)
-    parts = lambda side: tuple(
-        sorted({part.removesuffix("s") for part in side} & {"image", "text"})
-    )
-    return Kind(parts(pair["query"]), parts(pair["item"]), False)
+        name = f"{data.name}/{data.variant}" if data.variant else data.name
+        usual = ASSUMED.get(data.name, (("text",), ("image",)))
+        return Kind(*ASSUMED.get(name, usual), assumed=True)
+    if "draw" in pair:
+        pair = pair["draw"](np.random.default_rng(0))
+    known = {"image", "text", "texts", "token"}
+    parts = lambda side: tuple(sorted({part.removesuffix("s") for part in side if part in known}))
+    return Kind(parts(pair["query"]), parts(pair["item"]))
 
 
 def batch_shapes(config: Experiment, kind: Kind, mesh):
@@ -172,7 +179,8 @@ def batch_shapes(config: Experiment, kind: Kind, mesh):
     from cir_jax import sharding
 
     place = jax.sharding.NamedSharding(mesh, sharding.BATCH)
-    inputs, rows = config.method.inputs, config.train.batch_size
+    method, rows = config.method, config.train.batch_size
+    inputs = method.inputs
     shape = lambda shape, kind: jax.ShapeDtypeStruct((rows, *shape), kind, sharding=place)
     arrays = {
         "image": {"image": shape((inputs.image.size, inputs.image.size, 3), np.float32)},
@@ -181,6 +189,8 @@ def batch_shapes(config: Experiment, kind: Kind, mesh):
             "text_mask": shape((inputs.text.length,), bool),
         },
     }
+    if "token" in kind.item:
+        arrays["token"] = {"token": shape((method.text.width,), np.float32)}
     side = lambda parts: {k: x for part in parts for k, x in arrays[part].items()}
     return {"query": side(kind.query), "item": side(kind.item) | {"group": shape((), np.int32)}}
 
@@ -195,47 +205,6 @@ def bytes_here(tree) -> int:
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
     )
-
-
-def flops(jaxpr) -> int:
-    """Floating point operations of all products and convolutions of a program, on all devices together.
-
-    Counted as written: what is computed again on the way back counts again. XLA's own count takes the body of a loop once.
-    """
-    total = 0
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "dot_general":
-            (contracted, _), _ = eqn.params["dimension_numbers"]
-            left, out = eqn.invars[0].aval, eqn.outvars[0].aval
-            total += 2 * out.size * math.prod(left.shape[axis] for axis in contracted)
-        elif eqn.primitive.name == "conv_general_dilated":
-            kernel, out = eqn.invars[1].aval, eqn.outvars[0].aval
-            channels = kernel.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
-            total += 2 * out.size * kernel.size // channels
-        else:
-            inner = [flops(each) for each in _inner(eqn.params.values())]
-            total += _times(eqn) * (
-                max(inner, default=0) if "branches" in eqn.params else sum(inner)
-            )
-    return total
-
-
-def _inner(values) -> Iterator:
-    """The programs among the parameters of an operation."""
-    for value in values:
-        if isinstance(value, tuple | list):
-            yield from _inner(value)
-        elif hasattr(value, "jaxpr"):
-            yield value.jaxpr
-        elif hasattr(value, "eqns"):
-            yield value
-
-
-def _times(eqn) -> int:
-    """How often what is inside an operation is computed, by all devices together."""
-    if eqn.primitive.name == "shard_map":  # written for one device
-        return math.prod(eqn.params["mesh"].shape.values())
-    return eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
 
 
 def collectives(text: str) -> dict[str, dict[str, int]]:
