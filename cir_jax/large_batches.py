@@ -80,11 +80,11 @@ def in_chunks(
     way = _way()
     way.used.add("chunks")
     if way.chunks == 1:
-        return encode(rows, key)
+        return spread(encode(rows, key))
     keys = None if key is None else jax.random.split(key, way.chunks)
     parts = cut(rows, way.chunks, way.mesh)
     made = jax.lax.map(lambda part: jax.checkpoint(encode)(*part), (parts, keys))
-    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), made)
+    return spread(jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), made))
 
 
 def cut(rows: Any, parts: int, mesh: Mesh | None = None) -> Any:
@@ -103,7 +103,7 @@ def cut(rows: Any, parts: int, mesh: Mesh | None = None) -> Any:
 
 
 def spread(rows: Any) -> Any:
-    """A tree of `[N, …]` whose rows are spread over the devices as those of the batch are; for the input of every layer.
+    """A tree of `[N, …]` whose rows are spread over the devices as those of the batch are; for what enters a layer.
 
     Without it the compiler may spread columns instead, where the parameters of the layer are (`fsdp`), and send the
     activations around in place of the parameters.

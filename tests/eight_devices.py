@@ -1,6 +1,7 @@
-"""The losses of every method on meshes of eight devices, as JSON; run by `test_large_batches.py` as a process of its own."""
+"""The losses of a method on meshes of eight devices, as JSON; run by `test_large_batches.py` as a process of its own."""
 
 import json
+import re
 import sys
 
 import jax
@@ -17,27 +18,31 @@ MESHES = {"8x1x1": (1, 1), "1x8x1": (8, 1), "4x2x1": (2, 1), "2x2x2": (2, 2)}
 STEPS = 3
 
 
-def losses(name, mesh) -> list[float]:
-    """Of the first steps of a training, from parameters that do not depend on the mesh."""
+def losses(name, mesh) -> tuple[list[float], list[str]]:
+    """Of the first steps of a training, from parameters that do not depend on the mesh, and what it gathers.
+
+    The latter are shapes of arrays that are put together from parts and have that of a parameter, or of a layer of it.
+    """
     config = Experiment(METHODS[name][0].tiny(INPUTS), (), Train(STEPS, 8), Optim(lr=1e-3))
     params, made = drawn(config.method).params, program(config, mesh)
     opt = optim.optimizer(config.optim, STEPS).init(params)
     state = {"params": params, "frozen": {}, "opt": opt}
     state = jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), state, made.state)
     batch, values = sharding.put_batch(training_batch(name), mesh), []
+    step = made.step.lower(state, batch, np.int32(0)).compile()
     for number in range(STEPS):
-        state, metrics = made.step(state, batch, np.int32(number))
+        state, metrics = step(state, batch, np.int32(number))
         values.append(float(metrics["loss"]))
-    return values
+    whole = [list(part) for x in jax.tree.leaves(params) for part in (x.shape, x.shape[1:])]
+    gathers = re.findall(r" = \(?(.*?)\)? all-gather(?:-start)?\(", step.as_text())
+    shapes = [json.loads(f"[{shape}]") for shape in re.findall(r"\[([\d,]*)\]", " ".join(gathers))]
+    return values, [str(shape) for shape in shapes if len(shape) > 1 and shape in whole]
 
 
 if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_default_matmul_precision", "highest")
     jax.config.update("jax_disable_most_optimizations", True)
-    found = {}
-    for name in sys.argv[1:]:
-        alone = sharding.make_mesh(devices=jax.devices()[:1])
-        meshes = {shape: sharding.make_mesh(*sizes) for shape, sizes in MESHES.items()}
-        found[name] = {s: losses(name, mesh) for s, mesh in {"alone": alone, **meshes}.items()}
-    print(json.dumps(found))
+    alone = sharding.make_mesh(devices=jax.devices()[:1])
+    meshes = {shape: sharding.make_mesh(*sizes) for shape, sizes in MESHES.items()}
+    print(json.dumps({s: losses(sys.argv[1], m) for s, m in {"alone": alone, **meshes}.items()}))

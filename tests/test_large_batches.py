@@ -2,6 +2,11 @@
 
 import dataclasses
 import functools
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +19,9 @@ from cir_jax import large_batches, losses, sharding
 from cir_jax.config import Data, Train
 from cir_jax.methods import METHODS
 from cir_jax.methods.clip import ClipConfig
+from cir_jax.training import dry_run
 from cir_jax.training.checks import check_batch
-from cir_jax.training.step import make_gradients
+from cir_jax.training.step import make_gradients, program
 
 GROUPS = np.array([0, 1, 0, 2, 3, 3, 3, 4, 5, 6, 7, 5, 8, 9, 0, 10])
 SCALE, BIAS = jnp.float32(7.0), jnp.float32(-2.0)
@@ -174,3 +180,43 @@ def test_accumulation_is_the_mean_over_micro_batches():
     each = [gradients("clip", model, part) for part in parts]
     mean = jax.tree.map(lambda x, y: (x + y) / 2, *each)
     close(gradients("clip", model, batch, accumulate=2), mean, 1e-5)
+
+
+# ---- meshes ----
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_eight_devices_give_the_losses_of_one(name):
+    """On every mesh; and where only rows are spread, no parameter is gathered, for each device has it."""
+    script = Path(__file__).with_name("eight_devices.py")
+    done = subprocess.run(
+        [sys.executable, str(script), name], capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    one, _ = found.pop("alone")
+    assert len(found) == 4 and len(set(one)) == len(one)
+    for mesh, (values, _) in found.items():
+        np.testing.assert_allclose(values, one, rtol=2e-5, err_msg=mesh)
+    assert not found["8x1x1"][1]
+    assert found["1x8x1"][1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_under_fsdp_rows_stay_where_they_are(tiny_experiment, chunks):
+    """Parameters come to the rows: no product of activations with a part of a parameter is added up over devices."""
+    config = dataclasses.replace(
+        tiny_experiment,
+        data=tiny_experiment.data[:1],
+        train=dataclasses.replace(tiny_experiment.train, batch_size=16, chunks=chunks),
+    )
+    mesh = sharding.make_mesh(fsdp=4)
+    made = program(config, mesh)
+    batch = dry_run.batch_shapes(config, dry_run.Kind(("text",), ("image",)), mesh)
+    text = made.step.lower(made.state, batch, np.int32(0)).compile().as_text()
+    sent = " ".join(re.findall(r" = (.*?) (?:all-reduce|all-to-all|all-gather)\(", text))
+    tokens = {(64 // 16) ** 2 + 1, 24}
+    ranked = [json.loads(f"[{shape}]") for shape in re.findall(r"\[([\d,]*)\]", sent)]
+    assert not [shape for shape in ranked if len(shape) > 2 and tokens & set(shape)]

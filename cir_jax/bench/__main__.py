@@ -7,6 +7,7 @@ from typing import Literal
 
 from cir_jax import files
 from cir_jax.bench.load import Load, load
+from cir_jax.bench.step import Step, step
 from cir_jax.commands import Common
 from cir_jax.compilation import keep_compiled
 
@@ -42,7 +43,7 @@ class Encode(Common):
                 raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 1")
 
 
-COMMANDS = {"encode": Encode, "load": Load}
+COMMANDS = {"encode": Encode, "load": Load, "step": Step}
 
 
 def encode(command: Encode) -> None:
@@ -112,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
     command = tyro.extras.subcommand_cli_from_dict(
         COMMANDS, prog="python -m cir_jax.bench", description=__doc__, args=argv
     )
-    {Encode: encode, Load: load}[type(command)](command)
+    {Encode: encode, Load: load, Step: step}[type(command)](command)
 
 
 if __name__ == "__main__":
