@@ -49,7 +49,7 @@ def computed(chunks: int = 1, ring: bool = False, mesh: Mesh | None = None) -> I
     Raises:
       ValueError: the loss did not meet what was asked for, so that it would have had no effect.
     """
-    way = Way(chunks, ring, mesh)
+    way = Way(chunks, ring, mesh if mesh is not None and mesh.size > 1 else None)
     token = _WAY.set(way)
     try:
         yield

@@ -9,17 +9,17 @@ import optax
 from flax import nnx
 
 from cir_jax import checkpoint, large_batches, methods, sharding
-from cir_jax.config import Experiment, Train
+from cir_jax.config import Experiment
 from cir_jax.training import optim
 
 
-def make_step(graph, tx, train: Train, mesh: jax.sharding.Mesh | None = None) -> Callable:
-    """The pure training step `(state, batch, number) -> (state, metrics)`; of `train` it reads how large batches are computed."""
-    slopes = make_gradients(graph, train, mesh)
+def make_step(graph, tx, seed: int, gradients: Callable | None = None) -> Callable:
+    """The pure training step `(state, batch, number) -> (state, metrics)`; `gradients` are of `make_gradients`."""
+    gradients = gradients or make_gradients(graph)
 
     def step(state, batch, number):
-        key = jax.random.fold_in(jax.random.key(train.seed), number)
-        (value, metrics), grads = slopes(state["params"], state["frozen"], batch, key)
+        key = jax.random.fold_in(jax.random.key(seed), number)
+        (value, metrics), grads = gradients(state["params"], state["frozen"], batch, key)
         updates, opt = tx.update(grads, state["opt"], state["params"])
         metrics |= {"loss": value, "grad_norm": optax.tree.norm(grads)}
         return {
@@ -31,25 +31,31 @@ def make_step(graph, tx, train: Train, mesh: jax.sharding.Mesh | None = None) ->
     return step
 
 
-def make_gradients(graph, train: Train, mesh: jax.sharding.Mesh | None = None) -> Callable:
+def make_gradients(
+    graph,
+    accumulate: int = 1,
+    chunks: int = 1,
+    ring: bool = False,
+    mesh: jax.sharding.Mesh | None = None,
+) -> Callable:
     """`(params, frozen, batch, key) -> ((loss, metrics), gradients of params)`.
 
-    With `train.accumulate` they are the means over that many micro-batches, computed one after the other, each with
-    negatives of its own only: less memory, and another loss than that of the whole batch. `train.chunks` and `train.ring`
-    change no loss (`cir_jax.large_batches`).
+    With `accumulate` they are the means over that many micro-batches, computed one after the other, each with negatives of
+    its own only: less memory, and another loss than that of the whole batch. `chunks` and `ring` change no loss
+    (`cir_jax.large_batches`).
     """
 
     def loss(params, frozen, batch, key):
-        with large_batches.computed(train.chunks, train.ring, mesh):
+        with large_batches.computed(chunks, ring, mesh):
             return nnx.merge(graph, optim.join(params, frozen)).loss(batch, key)
 
     slopes = jax.value_and_grad(loss, has_aux=True)
-    if train.accumulate == 1:
+    if accumulate == 1:
         return slopes
 
     def accumulated(params, frozen, batch, key):
-        parts = large_batches.cut(batch, train.accumulate, mesh)
-        keys = jax.random.split(key, train.accumulate)
+        parts = large_batches.cut(batch, accumulate, mesh)
+        keys = jax.random.split(key, accumulate)
         one = lambda part: slopes(params, frozen, *part)
         shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], (parts, keys)))
         total, _ = jax.lax.scan(
@@ -57,7 +63,7 @@ def make_gradients(graph, train: Train, mesh: jax.sharding.Mesh | None = None) -
             jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes),
             (parts, keys),
         )
-        return jax.tree.map(lambda x: x / train.accumulate, total)
+        return jax.tree.map(lambda x: x / accumulate, total)
 
     return accumulated
 
@@ -85,8 +91,10 @@ def program(config: Experiment, mesh: jax.sharding.Mesh) -> Program:
     init = make_init(config, tx)
     abstract = jax.eval_shape(init, jax.random.key(config.train.seed))
     places = sharding.shardings(abstract, mesh)
+    train = config.train
+    gradients = make_gradients(graph, train.accumulate, train.chunks, train.ring, mesh)
     step = jax.jit(
-        make_step(graph, tx, config.train, mesh),
+        make_step(graph, tx, train.seed, gradients),
         donate_argnums=0,
         out_shardings=(places, sharding.replicated(mesh)),
     )
