@@ -104,6 +104,12 @@ class Train:
     other one the other way round.
     Order: batches run across the ends of epochs, or with `drop_last` each epoch ends with its last whole batch. Without
     `reshuffle` every epoch repeats the order of the first; with `drop_last` too, its batches.
+
+    Three ways to a batch that does not fit. With `chunks` the encoders see that many parts of the batch, one after the
+    other, and again on the way back: the same loss and gradient for a third more work (gradient caching). With `ring`
+    contrastive losses hold the scores of a pair of devices instead of all with all: the same loss, of use from about
+    ten thousand rows on. With `accumulate` the gradient is the mean over that many micro-batches, each with negatives
+    of its own only: another, easier loss.
     """
 
     steps: int
@@ -122,6 +128,9 @@ class Train:
     workers: int = 0
     keep: int = 2
     unreadable: float = 0.01
+    chunks: int = 1
+    ring: bool = False
+    accumulate: int = 1
 
 
 @dataclass(frozen=True)

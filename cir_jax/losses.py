@@ -3,11 +3,20 @@
 import jax
 import jax.numpy as jnp
 
+from cir_jax import large_batches
+
 
 def contrastive(
-    queries: jax.Array, items: jax.Array, scale: jax.Array, groups: jax.Array | None = None
+    queries: jax.Array,
+    items: jax.Array,
+    scale: jax.Array,
+    groups: jax.Array | None = None,
+    *,
+    one_way: bool = False,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Symmetric softmax loss over a batch of matching unit vectors (InfoNCE; Radford et al. 2021).
+
+    In a ring (`cir_jax.large_batches`) no device ever holds the scores of all rows with all rows.
 
     Args:
       queries: `[B, D]` unit vectors.
@@ -15,14 +24,87 @@ def contrastive(
       scale: the inverse temperature, a scalar.
       groups: `[B]` integers; rows of one group are right answers for each other, so that two drawings of one thing
         in a batch are not pushed apart. None: every row is its own group.
+      one_way: only the direction from queries to items.
 
     Returns:
       The mean of both directions, and the share of queries whose best item is a right one (`accuracy`).
     """
-    logits = scale * jnp.einsum("qd,id->qi", queries, items)
-    forward, metrics = listwise(logits, groups)
-    backward, _ = listwise(logits.T, groups)
-    return (forward + backward) / 2, metrics
+    if large_batches.rings():
+        way = lambda first, second: _met(_softmax, first, second, groups, scale)
+        (forward, metrics), back = way(queries, items), lambda: way(items, queries)
+    else:
+        logits = scale * jnp.einsum("qd,id->qi", queries, items)
+        (forward, metrics), back = listwise(logits, groups), lambda: listwise(logits.T, groups)
+    return (forward if one_way else (forward + back()[0]) / 2), metrics
+
+
+def sigmoid(
+    queries: jax.Array,
+    items: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    groups: jax.Array | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Every pair of the batch on its own: does it match (Zhai et al. 2023, arXiv 2303.15343, "SigLIP").
+
+    Arguments and the metric as of `contrastive`; `bias` is added to all logits. The sum over pairs is divided by the rows.
+    """
+    return _met(_sigmoid, queries, items, groups, scale, bias)
+
+
+def _met(kind, queries, items, groups, *shared):
+    """A loss of queries that meet all items by what `kind` remembers of them, and the accuracy."""
+    rows = len(queries)
+    groups = jnp.arange(rows) if groups is None else groups
+    meet, start, value = kind
+    zeros = jnp.zeros(rows, queries.dtype)
+    best = (zeros - jnp.inf, jnp.full(rows, rows), jnp.zeros(rows, bool))  # score, row, is right
+
+    def visit(state, own, others, first, *shared):
+        queries, groups, items, theirs = *own, *others
+        products = jnp.einsum("qd,id->qi", queries, items)
+        right = groups[:, None] == theirs[None, :]
+        found = _best(state[0], jax.lax.stop_gradient(products), right, first)
+        return found, meet(state[1], products, right, *shared)
+
+    state = (best, tuple(zeros + x for x in start))
+    best, state = large_batches.meet_all(visit, state, (queries, groups), (items, groups), *shared)
+    return value(*state).mean(), {"accuracy": best[2].mean()}
+
+
+def _best(state, scores, right, first):
+    """The best item so far (its score, row, and whether it is a right one); of equal ones that of the lower row."""
+    score, row, hit = state
+    here = scores.argmax(axis=1)
+    take = lambda table: jnp.take_along_axis(table, here[:, None], axis=1)[:, 0]
+    new, number = take(scores), first + here
+    better = (new > score) | ((new == score) & (number < row))
+    choose = lambda x, y: jnp.where(better, x, y)
+    return choose(new, score), choose(number, row), choose(take(right), hit)
+
+
+def _softmax_meet(state, products, right, scale):
+    """Running largest logit, sum of exponentials relative to it, sum of right logits, and their number."""
+    largest, total, wanted, count = state
+    logits = scale * products
+    new = jnp.maximum(largest, jax.lax.stop_gradient(logits.max(axis=1)))
+    total = total * jnp.exp(largest - new) + jnp.exp(logits - new[:, None]).sum(axis=1)
+    return new, total, wanted + (logits * right).sum(axis=1), count + right.sum(axis=1)
+
+
+def _softmax_value(largest, total, wanted, count):
+    return largest + jnp.log(total) - wanted / count
+
+
+def _sigmoid_meet(state, products, right, scale, bias):
+    """Running sum over pairs."""
+    logits = scale * products + bias
+    return (state[0] - jax.nn.log_sigmoid(jnp.where(right, logits, -logits)).sum(axis=1),)
+
+
+# What is remembered of all meetings: how a meeting changes it, what it is before, and the loss of a row after all.
+_softmax = (_softmax_meet, (-1e30, 0.0, 0.0, 0.0), _softmax_value)
+_sigmoid = (_sigmoid_meet, (0.0,), lambda total: total)
 
 
 def listwise(

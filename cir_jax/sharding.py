@@ -17,10 +17,12 @@ BATCH = P(("data", "fsdp"))
 
 # The first match wins. A spec describes the last dimensions, so one rule serves plain and stacked kernels.
 RULES = (
-    (r".*/(query|key|value|up|merge)/kernel", P("fsdp", "tensor")),
+    (r".*/(query|key|value|up|merge|across|linear\d)/kernel", P("fsdp", "tensor")),
+    (r".*project/kernel", P("fsdp", "tensor")),
     (r".*/(out|down)/kernel", P("tensor", "fsdp")),
     (r".*/embedding", P("tensor", "fsdp")),
-    (r".*/(conv\d|stem\d?|shortcut)/kernel", P("fsdp")),  # channels that come out
+    # channels that come out
+    (r".*/((conv\d|stem\d?|shortcut)/kernel|patch_kernel)", P("fsdp")),
     (r".*", P()),
 )
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import tyro
 
 from cir_jax import files, processes, stopping
-from cir_jax.commands import Limited
 from cir_jax.compilation import keep_compiled
 from cir_jax.config import Experiment, load_config, packaged_configs
 from cir_jax.progress import progress
 from cir_jax.stopping import unstopped
 from cir_jax.training.checks import check_batch, check_experiment, check_parts
+from cir_jax.training.dry_run import DryRun, dry_run
 from cir_jax.training.profile import steps_of
 from cir_jax.training.workdir import (
     change_workdir,
@@ -68,7 +68,7 @@ def _train(config: Experiment, workdir: Path, accept_changes, tensorboard, profi
     from cir_jax.training.best import Best
     from cir_jax.training.log import Log, event_file
     from cir_jax.training.profile import Profile
-    from cir_jax.training.step import make_init, make_step
+    from cir_jax.training.step import program
     from cir_jax.training.warm_start import warm_start
     from cir_jax.training.watch import Watch, operations
 
@@ -77,16 +77,7 @@ def _train(config: Experiment, workdir: Path, accept_changes, tensorboard, profi
     steps, seed = config.train.steps, config.train.seed
     mesh = sharding.make_mesh(config.mesh.fsdp, config.mesh.tensor)
     check_batch(config, mesh)
-    graph, _ = checkpoint.abstract_params(config.method)
-    tx = optim.optimizer(config.optim, steps)
-    init = make_init(config, tx)
-    abstract = jax.eval_shape(init, jax.random.key(seed))
-    places = sharding.shardings(abstract, mesh)
-    step = jax.jit(
-        make_step(graph, tx, seed),
-        donate_argnums=0,
-        out_shardings=(places, sharding.replicated(mesh)),
-    )
+    graph, init, step, abstract = program(config, mesh)
     learning_rate = jax.jit(optim.schedule(config.optim, steps))
     datasets = training_sets(config)
     with contextlib.ExitStack() as opened:
@@ -97,14 +88,14 @@ def _train(config: Experiment, workdir: Path, accept_changes, tensorboard, profi
         events = enter(event_file(workdir / "tensorboard", first)) if shown else None
         log = Log(workdir / "log.jsonl", first, events)
         if first:
-            state = restored(config, states, sharding.placed(abstract, places), accept_changes)
+            state = restored(config, states, abstract, accept_changes)
         else:
-            state = jax.jit(init, out_shardings=places)(jax.random.key(seed))
+            state = init(jax.random.key(seed))
             state = warm_start(state, config)
             states.save_frozen(state["frozen"])
         change_workdir(config, workdir)  # what differs is accepted, and the state fits
         best = Best(config, graph, workdir, work=work)
-        watch = Watch(config, workdir, datasets, first, operations(config, tx, abstract))
+        watch = Watch(config, workdir, datasets, first, operations(config, abstract))
         trace = enter(contextlib.closing(Profile(workdir / "profile", profile)))
         batches = enter(contextlib.closing(training_batches(config, first, datasets)))
         advance = enter(progress("training", steps, first))
@@ -213,11 +204,11 @@ def training_batches(config: Experiment, start: int, datasets: list | None = Non
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(Limited):
+class Options(DryRun):
     """What the command line says beside the experiment."""
 
-    workdir: Path
-    """folder of the run: config.json, log.jsonl, checkpoints/, model/"""
+    workdir: Path | None
+    """folder of the run: config.json, log.jsonl, checkpoints/, model/; a dry run needs none"""
     accept_changes: bool = False
     """go on with the run in WORKDIR although it was begun with another experiment; what differs is printed"""
     tensorboard: bool = False
@@ -228,6 +219,8 @@ class Options(Limited):
     def __post_init__(self):
         super().__post_init__()
         steps_of(self.profile)
+        if self.workdir is None and not self.dry_run:
+            raise ValueError("--workdir is missing; training needs a folder for what it writes")
 
 
 @dataclass(frozen=True)
@@ -259,7 +252,8 @@ def parse(argv: list[str] | None) -> tuple[Experiment, Arguments]:
         pass
 
     fields = {field: getattr(config, field) for field in Experiment.__dataclass_fields__}
-    default = Given(**fields, workdir=tyro.MISSING)
+    dry = "--dry-run" in argv  # then no folder is needed
+    default = Given(**fields, dry_run=dry, workdir=None if dry else tyro.MISSING)
     prog = f"python -m cir_jax.train {argv[0]}"
     about = f"{Arguments.__doc__}\n{Experiment.__doc__}"
     # Where a field may be one of several classes, the config has chosen: no sub-command on the command line.
@@ -288,6 +282,8 @@ def with_limit(config: Experiment, n: int) -> Experiment:
 def main(argv: list[str] | None = None) -> None:
     """Train as the command line says, alone or as one of several processes."""
     config, arguments = parse(argv)
+    if arguments.dry_run:
+        return dry_run(config, arguments)
     workdir = arguments.workdir
     processes.join()
     keep_compiled(arguments.cache)

@@ -109,3 +109,12 @@ def test_mistakes_end_in_one_clear_line(arguments, expected, monkeypatch, capsys
     assert stop.value.code == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and expected in line
+
+
+@pytest.mark.slow
+def test_the_loop_costs_little_beside_its_step():
+    """Of the processor, so that other work on the machine does not count."""
+    from cir_jax.bench.step import GOAL, milliseconds
+
+    clock, processor = milliseconds(150, 8)
+    assert 0 < processor < min(clock, GOAL)

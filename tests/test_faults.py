@@ -530,11 +530,11 @@ def test_utilisation_takes_the_operations_of_the_model_where_a_peak_is_known(
 
     tx = optim.optimizer(experiment.optim, STEPS)
     abstract = jax.eval_shape(make_init(experiment, tx), jax.random.key(0))
-    assert operations(experiment, tx, abstract) is None  # nobody knows the peak of this processor
+    assert operations(experiment, abstract) is None  # nobody knows the peak of this processor
     monkeypatch.setitem(flops.PEAKS, jax.devices()[0].device_kind, 1e9)
     assert flops.peak() == 4e9
     batch = next(train_batches([Damaged(20, ())], [1], INPUTS, batch_size=4, seed=1))
-    count = operations(experiment, tx, abstract)(batch)
+    count = operations(experiment, abstract)(batch)
     graph, params = checkpoint.abstract_params(experiment.method)
     whole = flops.count(make_step(graph, tx, 0), abstract, batch, np.int32(0))
     # The texts are frozen and go forward alone; what is computed again is not the model's.

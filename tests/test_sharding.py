@@ -7,22 +7,17 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from cir_jax import checkpoint, sharding
+from cir_jax import sharding
 from cir_jax.train import training_batches
 from cir_jax.training import optim
 from cir_jax.training.checks import check_batch
-from cir_jax.training.step import make_init, make_step
+from cir_jax.training.step import make_init, program
 
 
 def losses(config, mesh, steps=4):
     """The first losses of a run on a mesh, without files."""
-    graph, _ = checkpoint.abstract_params(config.method)
-    tx = optim.optimizer(config.optim, config.train.steps)
-    init = make_init(config, tx)
-    key = jax.random.key(config.train.seed)
-    places = sharding.shardings(jax.eval_shape(init, key), mesh)
-    state = jax.jit(init, out_shardings=places)(key)
-    step = jax.jit(make_step(graph, tx, 0), out_shardings=(places, sharding.replicated(mesh)))
+    _, init, step, _ = program(config, mesh)
+    state = init(jax.random.key(config.train.seed))
     batches, values = training_batches(config, 0), []
     for number in range(steps):
         state, metrics = step(state, sharding.put_batch(next(batches), mesh), np.int32(number))

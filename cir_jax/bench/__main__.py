@@ -7,6 +7,7 @@ from typing import Literal
 
 from cir_jax import files
 from cir_jax.bench.load import Load, load
+from cir_jax.bench.step import Step, step
 from cir_jax.commands import Common
 from cir_jax.compilation import keep_compiled
 
@@ -54,7 +55,7 @@ class Rank:
             raise ValueError(f"--repeat is {self.repeat}; it must be at least 1")
 
 
-COMMANDS = {"encode": Encode, "load": Load, "rank": Rank}
+COMMANDS = {"encode": Encode, "load": Load, "rank": Rank, "step": Step}
 
 
 def encode(command: Encode) -> None:
@@ -137,7 +138,7 @@ def main(argv: list[str] | None = None) -> None:
     command = tyro.extras.subcommand_cli_from_dict(
         COMMANDS, prog="python -m cir_jax.bench", description=__doc__, args=argv
     )
-    {Encode: encode, Load: load, Rank: rank}[type(command)](command)
+    {Encode: encode, Load: load, Rank: rank, Step: step}[type(command)](command)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from cir_jax.data.inputs import Inputs
 from cir_jax.data.text import tokenizer
 from cir_jax.encoders.bert import Bert, BertConfig
 from cir_jax.encoders.layers import Dtype, unit
+from cir_jax.large_batches import in_chunks
 
 
 @dataclass(frozen=True)
@@ -72,5 +73,6 @@ class BertSentence(nnx.Module):
     def loss(self, batch, key) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Contrastive loss of matching texts; `item["group"]` marks rows that match each other."""
         first, second = jax.random.split(key)
-        queries, items = self._text(batch["query"], first), self._text(batch["item"], second)
+        queries = in_chunks(self._text, batch["query"], first)
+        items = in_chunks(self._text, batch["item"], second)
         return losses.contrastive(queries, items, self.config.scale, batch["item"].get("group"))

@@ -19,6 +19,7 @@ from cir_jax.encoders.bert import BLIP_BASE, Bert, BertConfig
 from cir_jax.encoders.blip import with_encode_token
 from cir_jax.encoders.layers import Dtype, Linear, subkey, unit
 from cir_jax.encoders.vit import VIT_B16_384, Vit, VitConfig
+from cir_jax.large_batches import in_chunks
 
 # The pictures of BLIP base; which vocabulary the texts use is for the experiment to say.
 BLIP_INPUTS = Inputs(image=ImageSpec(size=VIT_B16_384.size))
@@ -137,8 +138,8 @@ class BlipCir(nnx.Module):
         With `item["group"]` equal targets count as right answers for each other; the paper's data has no groups, so
         there they are negatives.
         """
-        queries = self.query(batch["query"], subkey(key, 0))
-        items = self.item(batch["item"], subkey(key, 1))
-        scores = self.scale() * jnp.einsum("qd,id->qi", queries, items)
-        value, metrics = losses.listwise(scores, batch["item"].get("group"))
+        queries = in_chunks(self.query, batch["query"], subkey(key, 0))
+        items = in_chunks(self.item, batch["item"], subkey(key, 1))
+        group = batch["item"].get("group")
+        value, metrics = losses.contrastive(queries, items, self.scale(), group, one_way=True)
         return value, metrics | {"scale": self.scale()}

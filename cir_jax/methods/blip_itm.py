@@ -15,6 +15,7 @@ from cir_jax.encoders.bert import BLIP_BASE, Bert, BertConfig
 from cir_jax.encoders.blip import score_lists, score_pairs, with_encode_token
 from cir_jax.encoders.layers import Dtype, Linear, subkey, unit
 from cir_jax.encoders.vit import VIT_B16_384, Vit, VitConfig
+from cir_jax.large_batches import in_chunks
 from cir_jax.methods.blip_cir import BLIP_INPUTS, check_query, check_towers, tiny_towers
 
 # As in BLIP: the temperature stays in this range, and every negative keeps this much weight.
@@ -90,9 +91,10 @@ class BlipItm(nnx.Module):
         its picture with a wrong text. The wrong ones are drawn from the batch with probabilities that grow with the
         contrastive similarity, never from rows of the same `item["group"]`. All of it is over the global batch.
         """
-        query, items = batch["query"], self.item(batch["item"], subkey(key, 0))
+        query, items = batch["query"], in_chunks(self.item, batch["item"], subkey(key, 0))
         groups = batch["item"].get("group")
-        texts = self.text.first(query["text"], query["text_mask"], key=subkey(key, 1))
+        first = lambda query, key: self.text.first(query["text"], query["text_mask"], key=key)
+        texts = in_chunks(first, query, subkey(key, 1))
         texts, images = (
             unit(self.text_project(texts)),
             unit(self.image_project(items["tokens"][:, 0])),
@@ -112,8 +114,12 @@ class BlipItm(nnx.Module):
         queries, rows = self.query(query, subkey(key, 4)), jnp.arange(len(usable))
         texts = jnp.concatenate([rows, rows, text_rows])
         images = jnp.concatenate([rows, image_rows, rows])
-        queries = jax.tree.map(lambda x: jnp.take(x, texts, axis=0), queries)
-        scores = self._rows(queries, jnp.take(items["tokens"], images, axis=0), subkey(key, 5))
+        take = lambda tree, rows: jax.tree.map(lambda x: jnp.take(x, rows, axis=0), tree)
+
+        def score(pairs, key):
+            return self._rows(take(queries, pairs[0]), take(items["tokens"], pairs[1]), key)
+
+        scores = in_chunks(score, (texts, images), subkey(key, 5))
         right = jnp.arange(len(scores)) < len(rows)
         weight = right | jnp.tile(usable, 3)
         signed = jnp.where(right, scores, -scores)

@@ -23,6 +23,7 @@ from cir_jax.encoders.blip import (
 )
 from cir_jax.encoders.layers import Dtype, Linear, subkey
 from cir_jax.encoders.vit import VIT_B16_384, Vit, VitConfig
+from cir_jax.large_batches import in_chunks
 from cir_jax.methods.blip_cir import (
     BLIP_INPUTS,
     BlipCirConfig,
@@ -130,7 +131,9 @@ class BlipRerank(nnx.Module):
 
         With `item["group"]` equal targets count as right answers for each other, as in stage I.
         """
-        queries = self.query(batch["query"], subkey(key, 0))
-        items = self.item(batch["item"], subkey(key, 1))
-        scores = self.score_all(queries, items, subkey(key, 2))
+        queries = in_chunks(self.query, batch["query"], subkey(key, 0))
+        items = in_chunks(self.item, batch["item"], subkey(key, 1))
+        # A chunk of candidates meets all queries: their keys and values are then computed once.
+        meet = lambda items, key: self.score_all(queries, items, key).T
+        scores = in_chunks(meet, items, subkey(key, 2)).T
         return losses.listwise(scores, batch["item"].get("group"))

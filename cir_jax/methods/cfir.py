@@ -25,6 +25,7 @@ from cir_jax.encoders.beit3 import (
     resize_positions,
 )
 from cir_jax.encoders.layers import Dtype, Linear, subkey, unit
+from cir_jax.large_batches import in_chunks
 
 # For `optim.frozen`: what stays as it was. Without an entry everything is trained.
 FROZEN = {
@@ -137,8 +138,8 @@ class Cfir(nnx.Module):
         With `item["group"]` equal pictures count as right answers for each other; the paper has no
         groups, so there they are negatives.
         """
-        queries = self.query(batch["query"], subkey(key, 0))
-        items = self.item(batch["item"], subkey(key, 1))
+        queries = in_chunks(self.query, batch["query"], subkey(key, 0))
+        items = in_chunks(self.item, batch["item"], subkey(key, 1))
         value, metrics = losses.contrastive(
             queries, items, self.scale(), batch["item"].get("group")
         )

@@ -5,6 +5,7 @@ both: with both, the unit vectors are added, the field's zero-shot baseline for 
 """
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from cir_jax.data.text import tokenizer
 from cir_jax.encoders.clip import ClipText, ClipVision, TextConfig, VisionConfig
 from cir_jax.encoders.layers import Activation, Dtype, unit
 from cir_jax.encoders.resnet import ClipResnet, ResnetConfig
+from cir_jax.large_batches import in_chunks
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class ClipConfig:
     """Architecture, inputs and training; the defaults are OpenAI's ViT-B/32.
 
     `vision` is a transformer or a modified ResNet; `epsilon` that of every LayerNorm. `largest_scale` caps the learned inverse temperature (100 in the paper); `patches_kept` is the share of each
-    picture's patches that training reads (Li et al. 2023, "FLIP"): cheaper steps, and harder to learn by heart.
+    picture's patches that training reads (Li et al. 2023, "FLIP"): cheaper steps, and harder to learn by heart. The `loss` "sigmoid" (SigLIP) learns a bias of the logits as well.
     """
 
     vision: VisionConfig | ResnetConfig = field(default_factory=VisionConfig)
@@ -35,6 +37,7 @@ class ClipConfig:
     remat: bool = True
     largest_scale: float = 100.0
     patches_kept: float = 1.0
+    loss: Literal["softmax", "sigmoid"] = "softmax"
     inputs: Inputs = field(default_factory=Inputs)
 
     @classmethod
@@ -76,7 +79,9 @@ class Clip(nnx.Module):
         else:
             self.image = ClipVision(config.vision, config.embed, **options)
         self.text = ClipText(config.text, config.embed, **options)
-        self.logit_scale = nnx.Param(jnp.log(jnp.asarray(1 / 0.07, float)))
+        softmax = config.loss == "softmax"
+        self.logit_scale = nnx.Param(jnp.log(jnp.asarray(1 / 0.07 if softmax else 10.0, float)))
+        self.logit_bias = None if softmax else nnx.Param(jnp.asarray(-10.0, float))
         self.config = config
 
     def query(self, query: dict[str, jax.Array]) -> jax.Array:
@@ -109,6 +114,12 @@ class Clip(nnx.Module):
         """The learned inverse temperature, capped."""
         return jnp.minimum(jnp.exp(self.logit_scale[...]), self.config.largest_scale)
 
+    def match(self, queries, items, groups=None) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The config's loss of matching unit vectors `[B, embed]`, at the learned scale."""
+        if self.config.loss == "softmax":
+            return losses.contrastive(queries, items, self.scale(), groups)
+        return losses.sigmoid(queries, items, self.scale(), self.logit_bias[...], groups)
+
     def loss(self, batch, key) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Contrastive loss of matching queries and items.
 
@@ -117,12 +128,11 @@ class Clip(nnx.Module):
         """
         first, second = jax.random.split(key)
         item, group = batch["item"], batch["item"].get("group")
-        items = self._picture(item["image"], first)
-        queries = self._fused(batch["query"], second)
-        value, metrics = losses.contrastive(queries, items, self.scale(), group)
+        items = in_chunks(self._picture, item["image"], first)
+        queries = in_chunks(self._fused, batch["query"], second)
+        value, metrics = self.match(queries, items, group)
         if "text" in item:
-            named, more = losses.contrastive(
-                unit(self.text(item["text"])), items, self.scale(), group
-            )
+            names = in_chunks(lambda text, _: unit(self.text(text)), item["text"])
+            named, more = self.match(names, items, group)
             value, metrics = value + named, metrics | {"item_accuracy": more["accuracy"]}
         return value, metrics | {"scale": self.scale()}

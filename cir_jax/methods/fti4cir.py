@@ -38,6 +38,7 @@ from cir_jax.encoders.pseudo_words import (
     uniform_linear,
     vocabulary,
 )
+from cir_jax.large_batches import in_chunks
 from cir_jax.methods.clip import Clip, ClipConfig
 from cir_jax.methods.inversion import Size, check_whole, composed, needed
 
@@ -244,8 +245,13 @@ class Fti4cir(nnx.Module):
         """
         if "image" in batch["query"]:
             return composed(self, batch, key)
-        made = self.invert(needed(batch, "item", "image"), key)
-        texts = self.caption_features(made, needed(batch, "query", "text"))
+        pictures, captions = needed(batch, "item", "image"), needed(batch, "query", "text")
+
+        def encode(pair, key):
+            made = self.invert(pair[0], key)
+            return made, self.caption_features(made, pair[1])
+
+        made, texts = in_chunks(encode, (pictures, captions), key)
         parts = {
             "contrastive": losses.nt_xent(
                 unit(made.feature), unit(texts["whole"]), self.config.temperature

@@ -21,6 +21,7 @@ from cir_jax.data.text import tokenizer
 from cir_jax.encoders.clip import OPENAI_VITS
 from cir_jax.encoders.layers import Activation, subkey, unit
 from cir_jax.encoders.pseudo_words import Mapper, Prompt, content, joined, read, starred, vocabulary
+from cir_jax.large_batches import in_chunks
 from cir_jax.methods.clip import Clip, ClipConfig
 
 FROZEN = ("clip/.*",)
@@ -217,16 +218,21 @@ class Inversion(nnx.Module):
 
 def composed(method, batch, key) -> tuple[jax.Array, dict[str, jax.Array]]:
     """CLIP's contrastive loss between queries and items, for a method that has a `clip`."""
-    queries, items = method.query(batch["query"], key), method.item(batch["item"])
-    return losses.contrastive(queries, items, method.clip.scale(), batch["item"].get("group"))
+    queries = in_chunks(method.query, batch["query"], key)
+    items = in_chunks(lambda item, _: method.item(item), batch["item"])
+    return method.clip.match(queries, items, batch["item"].get("group"))
 
 
 def pic2word_loss(method: Inversion, batch, key) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Contrastive loss between `a photo of *` and the picture `item["image"]` that made the word, at CLIP's scale."""
-    features = method.clip.image(needed(batch, "item", "image"))
-    prompts = method.read(method.prompt(), method.tokens(features, key))
-    group = batch["item"].get("group")
-    return losses.contrastive(unit(prompts), unit(features), method.clip.scale(), group)
+
+    def encode(images, key):
+        features = method.clip.image(images)
+        prompts = method.read(method.prompt(), method.tokens(features, key))
+        return unit(prompts), unit(features)
+
+    prompts, features = in_chunks(encode, needed(batch, "item", "image"), key)
+    return method.clip.match(prompts, features, batch["item"].get("group"))
 
 
 def searle_loss(method: Inversion, batch, key) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -237,14 +243,15 @@ def searle_loss(method: Inversion, batch, key) -> tuple[jax.Array, dict[str, jax
     stars in the concept's place. A weight of zero leaves a part out.
     """
     config, parts = method.config, {}
-    tokens = method.tokens(method.clip.image(needed(batch, "item", "image")), key)
+    word = lambda images, key: method.tokens(method.clip.image(images), key)
+    tokens = in_chunks(word, needed(batch, "item", "image"), key)
     if config.distillation:
         found = needed(batch, "item", "token")
         parts["distillation"] = losses.nt_xent(unit(found), unit(tokens[:, 0]), config.temperature)
     if config.phrases:
-        phrases = method.clip.text(needed(batch, "item", "text"))
-        starry = method.read(method.phrase(needed(batch, "query", "text")), tokens)
-        parts["phrases"] = losses.cosine(phrases, starry)
+        read = lambda x, _: (method.clip.text(x[0]), method.read(method.phrase(x[1]), x[2]))
+        texts = needed(batch, "item", "text"), needed(batch, "query", "text")
+        parts["phrases"] = losses.cosine(*in_chunks(read, (*texts, tokens)))
     if not parts:
         raise ValueError("distillation and phrases are both 0, so that there is no loss; set one")
     return sum(getattr(config, name) * value for name, value in parts.items()), parts
@@ -256,13 +263,18 @@ def lincir_loss(method: Inversion, batch, key) -> tuple[jax.Array, dict[str, jax
     `item["text"]` is a caption and `query["text"]` the same with stars in place of its key words. The words made of
     the caption's own feature, to which noise of random size is added, shall restore it. Without a key no noise.
     """
-    features = method.clip.text(needed(batch, "item", "text"))
-    noisy = features
-    if key is not None:
-        size = jax.random.uniform(subkey(key, 0), (len(features), 1), features.dtype)
-        noisy += size * jax.random.normal(subkey(key, 1), features.shape, features.dtype)
-    tokens = method.tokens(noisy, subkey(key, 2))
-    masked = method.read(method.phrase(needed(batch, "query", "text")), tokens)
+
+    def encode(texts, key):
+        caption, starry = texts
+        features = noisy = method.clip.text(caption)
+        if key is not None:
+            size = jax.random.uniform(subkey(key, 0), (len(features), 1), features.dtype)
+            noisy += size * jax.random.normal(subkey(key, 1), features.shape, features.dtype)
+        tokens = method.tokens(noisy, subkey(key, 2))
+        return features, method.read(method.phrase(starry), tokens)
+
+    texts = needed(batch, "item", "text"), needed(batch, "query", "text")
+    features, masked = in_chunks(encode, texts, key)
     return jnp.mean((masked - jax.lax.stop_gradient(features)) ** 2), {}
 
 

@@ -19,6 +19,7 @@ from cir_jax.data.text import TextSpec, tokenizer
 from cir_jax.encoders.bert import BERT_BASE, Bert, BertConfig
 from cir_jax.encoders.layers import Dtype, Linear, dropout, normal, subkey, uniform, unit
 from cir_jax.encoders.resnext import RESNEXT_101, Resnext, ResnextConfig
+from cir_jax.large_batches import in_chunks
 
 # For `optim.frozen`: what the papers leave as it was, and what stays when the rest is tuned too.
 FROZEN = ("bert/.*", "resnext/.*")
@@ -171,8 +172,8 @@ class Maria(nnx.Module):
         captions of one picture can be.
         """
         config, group = self.config, batch["item"].get("group")
-        queries = self.texts(batch["query"], subkey(key, 0))
-        items = self.item(batch["item"], subkey(key, 1))
+        queries = in_chunks(self.texts, batch["query"], subkey(key, 0))
+        items = in_chunks(self.item, batch["item"], subkey(key, 1))
         # original: start and end count like the words between them
         mask = batch["query"]["text_mask"][:, : queries.shape[1]]
         metrics = {"accuracy": losses.token_accuracy(queries, items, mask, group)}

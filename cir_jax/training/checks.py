@@ -17,6 +17,8 @@ LEAST = {  # field -> the smallest value it may have
     "train.keep": 1,
     "train.unreadable": 0,
     "k": 1,
+    "train.chunks": 1,
+    "train.accumulate": 1,
     "optim.lr": 0,
     "optim.weight_decay": 0,
     "optim.epsilon": 0,
@@ -80,18 +82,26 @@ def check_experiment(config: Experiment, work: Workspace | None = None) -> None:
 
 
 def check_batch(config: Experiment, mesh) -> None:
-    """Refuse a batch that the devices cannot share evenly."""
+    """Refuse a batch that the devices cannot share evenly, and blocks that accumulation would take apart."""
     import jax
 
     from cir_jax import sharding
 
-    devices, size = sharding.batch_devices(mesh), config.train.batch_size
-    if size % devices:
-        low = size // devices * devices
-        near = f"{low} or {low + devices}" if low else f"{devices}"
+    devices, train = sharding.batch_devices(mesh), config.train
+    size, parts = train.batch_size, devices * train.accumulate * train.chunks
+    if size % parts:
+        low = size // parts * parts
+        near = f"{low} or {low + parts}" if low else f"{parts}"
+        cuts = {"accumulate": train.accumulate, "chunks": train.chunks}
+        times = "".join(f" times {name} {count}" for name, count in cuts.items() if count > 1)
         raise ValueError(
             f"batch_size {size} does not divide by {devices} devices "
-            f"(data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}); use {near}"
+            f"(data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}){times}; use {near}"
+        )
+    if train.accumulate > 1 and any(data.block > 1 for data in config.data):
+        raise ValueError(
+            f"accumulate is {train.accumulate}, but rows of a block are to meet as negatives, and micro-batches take "
+            "them apart; set data.block or accumulate to 1 (chunks keep the batch whole)"
         )
     if jax.local_device_count() % config.mesh.tensor:
         raise ValueError(

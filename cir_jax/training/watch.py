@@ -18,6 +18,7 @@ from cir_jax.config import Experiment
 from cir_jax.data.benchmark import Dataset
 from cir_jax.data.pipeline import fault
 from cir_jax.progress import printable
+from cir_jax.training import optim
 from cir_jax.training.log import records_until, write_records
 from cir_jax.training.step import make_step
 
@@ -196,7 +197,7 @@ def _told(value) -> object:
     return value if isinstance(value, int | float) else str(value)
 
 
-def operations(config: Experiment, tx, abstract) -> Callable[[Mapping], int] | None:
+def operations(config: Experiment, abstract) -> Callable[[Mapping], int] | None:
     """A function from a batch to the floating-point operations of a step of the model (`flops.count`).
 
     Without rematerialisation, whose work is none of the model's. None where the devices' peak is not known.
@@ -204,6 +205,7 @@ def operations(config: Experiment, tx, abstract) -> Callable[[Mapping], int] | N
     if not flops.peak():
         return None
     graph, _ = checkpoint.abstract_params(replace(config.method, remat=False))
+    tx = optim.optimizer(config.optim, config.train.steps)
     step, known = make_step(graph, tx, config.train.seed), {}
 
     def count(batch: Mapping) -> int:
