@@ -252,7 +252,7 @@ def report_skipped(writer, dest: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Embed as the command line says, alone or as one of several processes."""
     arguments = tyro.cli(Arguments, args=argv, prog="python -m cir_jax.embed")
-    processes.join()
+    processes.join(preemption=False)
     keep_compiled(arguments.cache)
     embed(
         arguments.checkpoint,

@@ -317,7 +317,7 @@ def _folder(arguments: Arguments) -> Path:
 def main(argv: list[str] | None = None) -> None:
     """Evaluate, check or compare, as the command line says, and print what came of it."""
     arguments = tyro.cli(Arguments, args=argv, prog="python -m cir_jax.eval")
-    processes.join()
+    processes.join(preemption=False)
     if (arguments.check or arguments.compare) and not processes.first():
         return None
     if arguments.check:

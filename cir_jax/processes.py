@@ -69,8 +69,12 @@ def _given() -> tuple[str, int, int]:
     return place, int(number), int(count)
 
 
-def join() -> None:
+def join(preemption: bool = True) -> None:
     """Connect to the other processes if there are any; from then on only process 0 has a stdout.
+
+    Args:
+      preemption: a SIGTERM to one process is told to all, for `multihost_utils.reached_preemption_sync_point`, and does
+        nothing else; without, it ends that process as always.
 
     Raises:
       ValueError: the environment contradicts itself; see `asked`.
@@ -81,6 +85,7 @@ def join() -> None:
         return
     import jax
 
+    jax.config.update("jax_enable_preemption_service", preemption)
     limits = {
         "initialization_timeout": ARRIVAL,
         "heartbeat_timeout_seconds": SILENCE,

@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("a query needs --text, --image, both, or --document; none was given")
     if arguments.fusion is not None and arguments.rerank is None:
         raise ValueError("--fusion weighs two stages; it needs --rerank")
-    processes.join()
+    processes.join(preemption=False)
     if arguments.html:
         files.check_writable(arguments.html)
     document = read_document(arguments.document) if arguments.document else None
