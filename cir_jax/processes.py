@@ -47,13 +47,13 @@ def asked() -> str:
     if found == {"CIR_JAX_PROCESSES": "auto"}:
         return "auto"
     if found:
-        return "given" if _given()[2] > 1 else ""
+        return "given" if given()[2] > 1 else ""
     if int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1 and all(map(os.environ.get, SLURM)):
         return "slurm"
     return "auto" if "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") else ""
 
 
-def _given() -> tuple[str, int, int]:
+def given() -> tuple[str, int, int]:
     """(address of process 0, number of this process, how many there are) by our own variables."""
     place, count, number = values = [os.environ.get(name, "") for name in VARIABLES]
     if not all(values):
@@ -92,7 +92,7 @@ def join(preemption: bool = True) -> None:
         "shutdown_timeout_seconds": PATIENCE,
     }
     if how == "given":
-        place, number, count = _given()
+        place, number, count = given()
         # "deactivate": every process has all devices that it sees, whatever scheduler is around it.
         jax.distributed.initialize(
             place, count, number, cluster_detection_method="deactivate", **limits
