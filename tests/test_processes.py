@@ -1,8 +1,10 @@
 """Several processes give what one gives, byte for byte, and the loss of one ends the others with a message."""
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -129,37 +131,33 @@ def together(count: int, *command, **env) -> subprocess.CompletedProcess:
     return done
 
 
-def apart(count: int, folder: Path, *command) -> list[subprocess.Popen]:
-    """`python -m COMMAND` as so many processes without a launcher; their stderr is in `folder`."""
-    import socket
-
+def survivors(count: int, victim: int, true, folder: Path, *command) -> list[str]:
+    """What the others say of so many processes without a launcher, one of which is killed when something is true."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         place = f"localhost:{free.getsockname()[1]}"
     arguments = [sys.executable, "-m", *map(str, command)]
-    start = lambda number: subprocess.Popen(
-        arguments,
-        env={**os.environ, **given(place, str(count), str(number))},
-        stdout=subprocess.DEVNULL,
-        stderr=(folder / f"stderr{number}").open("w"),
-    )
-    return [start(number) for number in range(count)]
-
-
-def lost(running: list[subprocess.Popen], victim: int, true, folder: Path) -> list[str]:
-    """Kill a process when something is true, and see the others end; what they say."""
-    start = time.monotonic()
-    while not true():
-        assert time.monotonic() - start < 300
-        assert all(process.poll() is None for process in running)
-        time.sleep(0.02)
-    running[victim].kill()
-    others = [number for number in range(len(running)) if number != victim]
-    start = time.monotonic()
-    for number in others:
-        assert running[number].wait(60) == -signal.SIGABRT
-    assert time.monotonic() - start < 60
-    return [(folder / f"stderr{number}").read_text() for number in others]
+    with contextlib.ExitStack() as opened:
+        running = []
+        for number in range(count):
+            variables = {**os.environ, **given(place, str(count), str(number))}
+            said = opened.enter_context((folder / f"said{number}").open("w"))
+            started = subprocess.Popen(arguments, env=variables, stdout=said, stderr=said)
+            running.append(opened.enter_context(started))
+            opened.callback(started.kill)
+        start = time.monotonic()
+        while not true():
+            assert time.monotonic() - start < 300
+            assert all(process.poll() is None for process in running)
+            time.sleep(0.02)
+        running[victim].kill()
+        start, others = time.monotonic(), [n for n in range(count) if n != victim]
+        for number in others:
+            running[number].wait(60)
+        assert time.monotonic() - start < 60
+    said = [(folder / f"said{number}").read_text() for number in others]
+    assert {running[number].returncode for number in others} == {-signal.SIGABRT}, said
+    return said
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -201,8 +199,8 @@ def test_embedding_writes_the_same_bytes(pictures, embedded, tmp_path):
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_lost_process_ends_embedding_and_four_go_on(victim, pictures, embedded, tmp_path):
     command = ("cir_jax.embed", "emoji_text", pictures, tmp_path / "v", *EMBED)
-    running = apart(2, tmp_path, *command)
-    (said,) = lost(running, victim, lambda: [*tmp_path.glob("v/vectors-*1.npy")], tmp_path)
+    begun = lambda: [*tmp_path.glob("v/vectors-*1.npy")]
+    (said,) = survivors(2, victim, begun, tmp_path, *command)
     assert f"process {1 - victim} of 2: error: lost another process" in said
     # JAX knows the coordinator by its silence, and the others by their number.
     assert ("unhealthy (stopped sending heartbeats):\n1" if victim else "leader task") in said
@@ -332,7 +330,6 @@ def test_parameters_shared_among_processes_train_like_one(count, fsdp, trained, 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_lost_process_ends_training(victim, trained, tmp_path):
     command = ("cir_jax.train", trained / "tiny.py", "--workdir", tmp_path / "run")
-    running = apart(2, tmp_path, *command, "--train.steps", 10000)
     begun = lambda: (tmp_path / "run" / "log.jsonl").exists()
-    (said,) = lost(running, victim, begun, tmp_path)
+    (said,) = survivors(2, victim, begun, tmp_path, *command, "--train.steps", 10000)
     assert ("unhealthy (stopped sending heartbeats):\n1" if victim else "leader task") in said
