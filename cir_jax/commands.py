@@ -3,6 +3,7 @@
 import importlib
 import os
 import sys
+import traceback
 import warnings
 from dataclasses import dataclass
 from typing import NoReturn
@@ -20,7 +21,7 @@ COMMANDS = {
     "search": "search an index with a text, a picture or a document, in one stage or two",
     "bench": "measure speed and memory beside PyTorch (needs the extra [bench])",
 }
-DISTRIBUTED = ("train",)
+DISTRIBUTED = ("train", "embed", "search", "eval")
 # Seen by a shell as after the default action of the signal: 128 and its number. Launchers start a command that ended
 # with TERMINATED again: training has saved its step before, and the others have kept their finished parts.
 INTERRUPTED, TERMINATED, BROKEN_PIPE = 130, 143, 141
@@ -58,9 +59,11 @@ def start(name: str) -> None:
     warnings.filterwarnings("ignore", message="Image size .* could be decompression bomb")
     try:
         with stoppable():
-            if name not in DISTRIBUTED and processes.count() > 1:
-                alone = ", ".join(DISTRIBUTED)
-                raise ValueError(f"{name} runs as one process; several compute together in {alone}")
+            if processes.asked() and name not in DISTRIBUTED:
+                several = ", ".join(DISTRIBUTED)
+                raise ValueError(
+                    f"{name} runs as one process; several compute together in {several}"
+                )
             module = importlib.import_module(f"cir_jax.{name}")
             if hasattr(module, "__path__"):  # a package is run by its __main__
                 module = importlib.import_module(f"cir_jax.{name}.__main__")
@@ -71,14 +74,15 @@ def start(name: str) -> None:
     except BrokenPipeError:
         # The reader of our output (head, a pager) has left; a second failure at exit is avoided.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(BROKEN_PIPE)
+        processes.end(BROKEN_PIPE)
     except Exception as error:
         if asked():  # whatever a library makes of being stopped
             end_stopped(asked())
         if os.environ.get("CIR_JAX_TRACEBACK") or not isinstance(error, FORESEEN):
-            raise
-        print(f"error: {reason(error)}", file=sys.stderr)
-        sys.exit(1)
+            if not processes.joined():
+                raise
+            traceback.print_exc()
+        processes.end_failed(error, reason(error))
 
 
 def end_stopped(how: type[KeyboardInterrupt]) -> NoReturn:
@@ -86,7 +90,7 @@ def end_stopped(how: type[KeyboardInterrupt]) -> NoReturn:
     terminated = issubclass(how, Terminated)
     word = "terminated" if terminated else "interrupted"
     print(f"{word}; finished parts are kept", file=sys.stderr)
-    sys.exit(TERMINATED if terminated else INTERRUPTED)
+    processes.end(TERMINATED if terminated else INTERRUPTED, told=True)
 
 
 def reason(error: BaseException) -> str:

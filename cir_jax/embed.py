@@ -1,7 +1,9 @@
 """`python -m cir_jax.embed CHECKPOINT GALLERY DEST`: a gallery to vectors on disk."""
 
+import contextlib
 import functools
 import itertools
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -13,6 +15,7 @@ from typing import Literal
 import numpy as np
 import tyro
 
+from cir_jax import processes
 from cir_jax.commands import Limited, reason
 from cir_jax.compilation import keep_compiled
 from cir_jax.progress import printable, progress
@@ -73,6 +76,8 @@ def embed(
 ) -> Path:
     """Write the vectors of every picture of a gallery to the folder `dest`, continuing where an earlier run stopped.
 
+    Several processes call this together, each for its part of every shard; the first of them writes.
+
     Args:
       checkpoint, source, dest, batch_size, shard_size, dtype, strict: as of the command (`Arguments`).
       limit: only the first so many pictures; a later run without it goes on behind them.
@@ -98,35 +103,50 @@ def embed(
         raise ValueError(
             f"{checkpoint} is a re-ranker, which makes no vectors; embed with a retriever"
         )
+    processes.check_same(
+        f"what {source} or {checkpoint} holds", "\n".join([model.fingerprint, *gallery.ids])
+    )
+    open_writer = functools.partial(
+        VectorWriter,
+        dest,
+        fingerprint=model.fingerprint,
+        checkpoint=lasting_name(checkpoint),
+        gallery=gallery.locator,
+        dtype=dtype,
+    )
     # In a block of its own: however it ends, others may write the folder afterwards.
     with (
-        VectorWriter(
-            dest,
-            fingerprint=model.fingerprint,
-            checkpoint=lasting_name(checkpoint),
-            gallery=gallery.locator,
-            dtype=dtype,
-        ) as writer,
+        open_writer() if processes.first() else contextlib.nullcontext() as writer,
         ThreadPoolExecutor() as pool,
     ):
         count = min(len(gallery), limit or len(gallery))
-        new, again = rows_to_do(writer, gallery, range(count))
+        todo = processes.from_first(lambda: rows_to_do(writer, gallery, range(count)))
+        new, again = todo["new"].tolist(), todo["again"].tolist()
         with progress("embedding", count, count - len(new) - len(again)) as advance:
             compute = functools.partial(_shard, model, gallery, batch_size, strict, pool, advance)
             for start in range(0, len(new), shard_size):
-                writer.add(*compute(new[start : start + shard_size]))
+                found = compute(new[start : start + shard_size])
+                if writer:
+                    writer.add(*found)
             for start in range(0, len(again), shard_size):
                 vectors, ids, _ = compute(again[start : start + shard_size])
-                writer.unskip(ids)
-                writer.add(vectors, ids)
-        if not writer.rows:
-            raise ValueError(
-                f"none of the {writer.done} pictures of {source} could be read, the first because: "
-                f"{writer.manifest['skipped'][0]['reason']}"
-            )
-        writer.finish()
-        report_skipped(writer, Path(dest))
+                if writer:
+                    writer.unskip(ids)
+                    writer.add(vectors, ids)
+        if writer:
+            _finish(writer, source)
     return Path(dest)
+
+
+def _finish(writer, source) -> None:
+    """Mark the vectors complete and say how many there are; ValueError if there are none."""
+    if not writer.rows:
+        raise ValueError(
+            f"none of the {writer.done} pictures of {source} could be read, the first because: "
+            f"{writer.manifest['skipped'][0]['reason']}"
+        )
+    writer.finish()
+    report_skipped(writer, writer.folder)
 
 
 def _of_texts(gallery, kinds) -> bool:
@@ -146,22 +166,39 @@ def _shard(model, gallery, batch_size: int, strict: bool, pool, advance, rows: S
         if _of_texts(gallery, kinds(model.config, "item"))
         else read_pictures(gallery, rows, spec, pool)
     )
-    vectors, ids, skipped = [np.zeros((0, 0), np.float32)], [], []
-    for first in range(0, len(rows), batch_size):
-        some = rows[first : first + batch_size]
+    vectors, told = [], {"ids": [], "skipped": []}
+    mine = processes.share(len(rows), batch_size)
+    for first in range(mine.start, mine.stop, batch_size):
+        some = rows[first : min(first + batch_size, mine.stop)]
         examples, broken = read_some(some)
+        told["skipped"] += broken
         if strict and broken:
-            raise ValueError(f"{broken[0]['reason']}; without --strict it would be skipped")
+            break
         if examples:
             vectors.append(model.encode("item", examples, batch_size))
-        ids += [example["id"] for example in examples]
-        skipped += broken
+        told["ids"] += [example["id"] for example in examples]
         advance(len(some))
-    return np.concatenate(vectors[1:] or vectors), ids, skipped
+    vectors, told = _everybodys(vectors, told)
+    if strict and told["skipped"]:
+        reason = told["skipped"][0]["reason"]
+        raise ValueError(f"{reason}; without --strict it would be skipped")
+    advance(len(rows) - len(mine))
+    return vectors, told["ids"], told["skipped"]
 
 
-def rows_to_do(writer, gallery, rows: Sequence[int]) -> tuple[list[int], list[int]]:
-    """(rows that are new, rows that were skipped and may be readable now) among some rows of a gallery.
+def _everybodys(vectors: list[np.ndarray], told: dict[str, list]) -> tuple[np.ndarray, dict]:
+    """What the processes have computed and noted, each for its part of a shard, in the order of its rows."""
+    parts = {str(number): each for number, each in enumerate(vectors)}
+    text = np.frombuffer(json.dumps(told).encode(), np.uint8)
+    found = processes.gather({**parts, "told": text})
+    notes = [json.loads(bytes(each["told"])) for each in found]
+    vectors = [x for each in found for name, x in each.items() if name != "told"]
+    told = {name: [x for each in notes for x in each[name]] for name in told}
+    return np.concatenate(vectors or [np.zeros((0, 0), np.float32)]), told
+
+
+def rows_to_do(writer, gallery, rows: Sequence[int]) -> dict[str, np.ndarray]:
+    """Rows that are `new`, and rows that were skipped and may be readable now (`again`), among some of a gallery.
 
     Items go by their ids, so a gallery may have grown, moved, or lost items that could not be read.
 
@@ -183,7 +220,8 @@ def rows_to_do(writer, gallery, rows: Sequence[int]) -> tuple[list[int], list[in
     writer.unskip(skipped - present)
     known = have | skipped
     new = [row for row in rows if gallery.ids[row] not in known]
-    return new, [row for row in rows if gallery.ids[row] in skipped]
+    again = [row for row in rows if gallery.ids[row] in skipped]
+    return {"new": np.array(new, np.int64), "again": np.array(again, np.int64)}
 
 
 def read_texts(gallery, rows: Sequence[int]) -> tuple[list[dict], list[dict]]:
@@ -212,8 +250,9 @@ def report_skipped(writer, dest: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Embed as the command line says."""
+    """Embed as the command line says, alone or as one of several processes."""
     arguments = tyro.cli(Arguments, args=argv, prog="python -m cir_jax.embed")
+    processes.join(preemption=False)
     keep_compiled(arguments.cache)
     embed(
         arguments.checkpoint,

@@ -1,5 +1,6 @@
 """`python -m cir_jax.eval CONFIG [--output DIR]`: benchmarks, a table, results.json and per-query ranks."""
 
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import tyro
 
-from cir_jax import files
+from cir_jax import files, processes
 from cir_jax.commands import Limited
 from cir_jax.compilation import keep_compiled
 from cir_jax.config import Evaluation, Run, load_config
@@ -134,6 +135,7 @@ def evaluate(
 
     What is computed is kept in `output/parts` until all is written: after an interruption the same call goes on there.
     With `audit`, composed benchmarks are asked with each part of their queries alone too (`cir_jax.evaluation.audit`).
+    Several processes call this together; the first of them writes.
 
     Raises:
       BlockingIOError: another process evaluates into `output`.
@@ -149,11 +151,13 @@ def evaluate(
         evaluation = Evaluation(with_parts(evaluation.runs, work.benchmark))
     for run in evaluation.runs:
         check_run(run, work)
+        processes.check_same(f"what {run.benchmark} or a model of its run holds", _held(run, work))
     if output.exists() and not output.is_dir():
         raise FileExistsError(f"{output.absolute()} is a file; choose another --output")
     with files.reported(output):
         output.mkdir(parents=True, exist_ok=True)
-    with files.lock(output), jax.default_matmul_precision("highest"):
+    alone = files.lock(output) if processes.first() else contextlib.nullcontext()
+    with alone, jax.default_matmul_precision("highest"):
         return _evaluate(evaluation, output, work)
 
 
@@ -167,12 +171,15 @@ def _evaluate(evaluation: Evaluation, output: Path, work: Workspace) -> list[dic
             compute = functools.partial(evaluate_run, run, work)
             for row, arrays in work.outcome(_key(run, work), compute):
                 row["ranks"] = f"{_file_name(row)}.npz"
-                with files.write_atomically(output / row["ranks"]) as part:
-                    np.savez_compressed(part, **arrays)
-                _write_lists(output, run, row, arrays, work.benchmark(run.benchmark))
                 results.append((row, arrays))
+                if processes.first():
+                    with files.write_atomically(output / row["ranks"]) as part:
+                        np.savez_compressed(part, **arrays)
+                    _write_lists(output, run, row, arrays, work.benchmark(run.benchmark))
             advance(1)
     rows = [row for row, _ in results] + pooled(results)
+    if not processes.first():
+        return rows
     result = {"format": files.FORMAT, "environment": environment(), "rows": rows}
     if found := audits(results):
         result["audits"] = found
@@ -206,6 +213,13 @@ def _write_lists(output: Path, run: Run, row, arrays, benchmark) -> None:
             row.setdefault("no_files", []).append(str(error))
         else:
             row.setdefault("files", []).append(name)
+
+
+def _held(run: Run, work: Workspace) -> str:
+    """What all processes must have alike for their parts to fit together, as text."""
+    benchmark, names = work.benchmark(run.benchmark), (run.retriever, run.reranker)
+    models = [work.model(name).fingerprint for name in names if name]
+    return digest([list(benchmark.ids), len(benchmark.queries), models])
 
 
 def _key(run: Run, work: Workspace) -> list:
@@ -303,6 +317,9 @@ def _folder(arguments: Arguments) -> Path:
 def main(argv: list[str] | None = None) -> None:
     """Evaluate, check or compare, as the command line says, and print what came of it."""
     arguments = tyro.cli(Arguments, args=argv, prog="python -m cir_jax.eval")
+    processes.join(preemption=False)
+    if (arguments.check or arguments.compare) and not processes.first():
+        return None
     if arguments.check:
         from cir_jax.evaluation.checking import check_files
 
@@ -318,6 +335,8 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.lists:
         evaluation = Evaluation(tuple(dataclasses.replace(r, lists=True) for r in evaluation.runs))
     rows = evaluate(evaluation, output, arguments.batch_size, arguments.audit)
+    if not processes.first():
+        return None
     print_table(rows)
     if arguments.audit:
         print_audits(files.read_json(output / "results.json")["audits"])

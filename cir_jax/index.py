@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from cir_jax import files, scann_index
+from cir_jax import files, processes, scann_index
 from cir_jax.commands import Limited
 from cir_jax.compilation import keep_compiled
 from cir_jax.scann_index import ScannSettings
@@ -33,7 +33,8 @@ from cir_jax.vectors import (
 
 # Query batches are padded to one of these sizes, so that each is compiled once.
 BUCKETS = (8, 32, 128, 512)
-SCORES_PER_DEVICE = 2**26
+# Rows of the gallery are multiplied in about 16 blocks, of at least and at most so many.
+BLOCKS, LEAST_ROWS, MOST_ROWS = 16, 128, 8192
 
 
 class Hits(NamedTuple):
@@ -61,7 +62,11 @@ class Index(Protocol):
 
 
 class ExactIndex:
-    """Every score, in float32, each device of the mesh ranking its own slice of the gallery."""
+    """Every score, in float32, each device of the mesh ranking its own slice of the gallery.
+
+    The mesh may be that of several processes; then all of them search together, and all get the same hits, bit for
+    bit those of one process.
+    """
 
     kind = "exact"
 
@@ -94,7 +99,7 @@ class ExactIndex:
         if not found or not len(queries):
             return _nothing(len(queries), k)
         rank = _ranker(self.mesh)
-        size = _bucket(len(queries), self._placed.shape[1] // self.mesh.size)
+        size = _bucket(len(queries))
         parts = []
         for start in range(0, len(queries), size):
             block = queries[start : start + size]
@@ -143,9 +148,9 @@ class ScannIndex:
             queries = check_queries(queries, self.width)
             if not len(queries):
                 raise ValueError("queries is empty; leave it out or give queries to tune on")
-        self._searcher, self.settings = built or scann_index.make_searcher(
-            self.vectors, recall, _checked_k(k), queries
-        )
+        if built is None and processes.first():  # of several processes, the others ask it
+            built = scann_index.make_searcher(self.vectors, recall, _checked_k(k), queries)
+        self._searcher, self.settings = built or (None, None)
 
     def __len__(self) -> int:
         return len(self.vectors)
@@ -155,10 +160,9 @@ class ScannIndex:
         queries, k = check_queries(queries, self.width), _checked_k(k)
         if not len(queries):
             return _nothing(0, k)
-        rows, scores = scann_index.search(
-            self._searcher, self.settings, len(self), queries, min(k, len(self))
-        )
-        return _as_hits(rows, scores, k)
+        asked = (self._searcher, self.settings, len(self), queries, min(k, len(self)))
+        find = lambda: dict(zip(Hits._fields, scann_index.search(*asked)))
+        return _as_hits(**processes.from_first(find), k=k)
 
     def config(self) -> str:
         """ScaNN's own configuration of the searcher, as protocol buffer text."""
@@ -235,23 +239,34 @@ def _ranker(mesh) -> Callable:
 
     from cir_jax.sharding import AXES
 
-    def local(queries, part, count, k):
-        rows = jax.lax.axis_index(AXES) * part.shape[1] + jnp.arange(part.shape[1])
-        scores = jnp.matmul(queries, part, precision=jax.lax.Precision.HIGHEST)
+    def best(scores, rows, k):
+        """The k best of rows `[Q, n]`; of equal scores the first."""
+        scores, places = jax.lax.top_k(scores, min(k, scores.shape[1]))
+        return scores, jnp.take_along_axis(rows, places, 1)
+
+    def of_block(queries, count, k, numbered):
+        number, block = numbered
+        rows = number * block.shape[1] + jnp.arange(block.shape[1])
+        scores = jnp.matmul(queries, block, precision=jax.lax.Precision.HIGHEST)
         # top_k sorts -0 behind 0, which would break ties by sign instead of by row.
         scores = jnp.where(scores == 0, 0.0, scores)
         scores = jnp.where(rows < count, scores, -jnp.inf)
-        scores, best = jax.lax.top_k(scores, min(k, part.shape[1]))
+        return best(scores, jnp.broadcast_to(rows, scores.shape), k)
+
+    def local(queries, blocks, count, k):
+        numbers = jax.lax.axis_index(AXES) * len(blocks) + jnp.arange(len(blocks))
+        found = jax.lax.map(functools.partial(of_block, queries, count, k), (numbers, blocks))
+        # One list after the other, in the order of their rows: [blocks, Q, k] to [Q, blocks * k].
+        found = best(*(jnp.moveaxis(x, 0, 1).reshape(len(queries), -1) for x in found), k)
         gather = functools.partial(jax.lax.all_gather, axis_name=AXES, axis=1, tiled=True)
-        scores, candidates = gather(scores), gather(rows[best])
-        scores, order = jax.lax.top_k(scores, k)
-        return jnp.take_along_axis(candidates, order, 1), scores
+        scores, rows = best(*map(gather, found), k)
+        return rows, scores
 
     def rank(queries, placed, count, k):
         return jax.shard_map(
-            lambda queries, part, count: local(queries, part, count, k),
+            lambda queries, blocks, count: local(queries, blocks, count, k),
             mesh=mesh,
-            in_specs=(P(), P(None, AXES), P()),
+            in_specs=(P(), P(AXES), P()),
             out_specs=P(),
             check_vma=False,
         )(queries, placed, count)
@@ -260,7 +275,7 @@ def _ranker(mesh) -> Callable:
 
 
 def _place(vectors: np.ndarray, mesh) -> Any:
-    """The vectors [N, D] as one array [D, N + padding] whose columns are spread over all devices.
+    """The vectors [N, D] in blocks [B, D, n], padded with zeros, the blocks spread over all devices.
 
     Transposed, because this product is up to half again as fast for 8 to 32 queries and equal for more.
     """
@@ -270,23 +285,31 @@ def _place(vectors: np.ndarray, mesh) -> Any:
 
     from cir_jax.sharding import AXES
 
-    columns = -(-len(vectors) // mesh.size) * mesh.size
+    rows, width = _block_rows(len(vectors)), vectors.shape[1]
+    blocks = -(-len(vectors) // rows // mesh.size) * mesh.size
 
     def part(index):
-        rows = vectors[index[1]].T
-        start, stop, _ = index[1].indices(columns)
-        return np.pad(rows, ((0, 0), (0, stop - start - rows.shape[1])))
+        start, stop, _ = index[0].indices(blocks)
+        some = vectors[start * rows : stop * rows]
+        some = np.pad(some, ((0, (stop - start) * rows - len(some)), (0, 0)))
+        return some.reshape(-1, rows, width).swapaxes(1, 2)
 
-    place = NamedSharding(mesh, P(None, AXES))
-    return jax.make_array_from_callback((vectors.shape[1], columns), place, part)
+    place = NamedSharding(mesh, P(AXES))
+    return jax.make_array_from_callback((blocks, width, rows), place, part)
 
 
-def _bucket(queries: int, rows_per_device: int) -> int:
-    """How many queries to score at once: a compiled size whose scores fit on a device."""
-    fitting = [size for size in BUCKETS if size * rows_per_device <= SCORES_PER_DEVICE] or BUCKETS[
-        :1
-    ]
-    return next((size for size in fitting if size >= queries), fitting[-1])
+def _block_rows(rows: int) -> int:
+    """How many rows are multiplied at once.
+
+    This depends on the size of the gallery and on nothing else: the last bits of a product depend on its shape, and
+    the lists shall be the same on any number of devices and processes.
+    """
+    return min(MOST_ROWS, max(LEAST_ROWS, 1 << (max(1, rows) // BLOCKS).bit_length()))
+
+
+def _bucket(queries: int) -> int:
+    """How many queries to score at once: one of few sizes."""
+    return next((size for size in BUCKETS if size >= queries), BUCKETS[-1])
 
 
 def _describe(index, vectors, ids, gallery, fingerprint, checkpoint) -> None:

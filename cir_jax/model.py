@@ -13,8 +13,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from cir_jax import sharding
+from cir_jax import processes, sharding
 from cir_jax.checkpoint import read_model
+from cir_jax.data.benchmark import Chosen
 from cir_jax.data.inputs import shorten
 from cir_jax.memory import halved_once
 from cir_jax.methods import kinds, reranks
@@ -73,6 +74,7 @@ class Model:
         examples: Sequence,
         batch_size: int = 128,
         progress: Callable[[int], None] | None = None,
+        together: bool = False,
     ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
         """Unit vectors `[N, D]` float32 of queries or items, in their order.
 
@@ -89,6 +91,8 @@ class Model:
             of a model of texts).
           batch_size: most rows computed at once; spread over this process's devices.
           progress: called with the number of rows done after each batch.
+          together: every process calls this with the same examples, computes a part of the batches, and gets the
+            vectors of all; the same bits as from one process, where all examples have the same parts.
 
         Raises:
           ValueError: an example without what the method needs, a picture that cannot be read, or a re-ranker, which
@@ -101,33 +105,32 @@ class Model:
             )
         first = examples[0] if len(examples) else None
         if part == "query" and isinstance(first, Mapping) and "texts" in first:
-            return self._encode_asks(
-                [query.get("texts") for query in examples], batch_size, progress
-            )
+            texts = [query.get("texts") for query in examples]
+            return self._encode_asks(texts, batch_size, progress, together)
         if part == "query" and isinstance(first, Mapping) and "wordings" in first:
-            return self._encode_wordings(examples, batch_size, progress)
-        return self.features(part, examples, batch_size, progress)
+            return self._encode_wordings(examples, batch_size, progress, together)
+        return self.features(part, examples, batch_size, progress, together)
 
-    def _encode_wordings(self, queries, batch_size, progress):
+    def _encode_wordings(self, queries, batch_size, progress, together):
         """Every wording of every query as a query of its own, then their unit mean."""
         counts = [len(query.get("wordings", ())) for query in queries]
         if not all(counts):
             raise ValueError("some queries have `wordings` and some have not; encode these apart")
         asks = [{**query, "text": text} for query in queries for text in query["wordings"]]
-        vectors = self.features("query", asks, batch_size, progress)
+        vectors = self.features("query", asks, batch_size, progress, together)
         if isinstance(vectors, tuple):
             raise ValueError(f"{self.name or 'this model'} asks with tokens, which have no mean")
         sums = np.add.reduceat(vectors, np.cumsum([0, *counts[:-1]]))
         return sums / np.linalg.norm(sums, axis=1, keepdims=True)
 
-    def _encode_asks(self, texts, batch_size, progress):
+    def _encode_asks(self, texts, batch_size, progress, together):
         """Every text of every query as a query of its own, then put back together."""
         if None in texts:
             raise ValueError(
                 "some queries have `texts` and some have not; encode those that ask once by themselves"
             )
         asks = [{"text": text} for each in texts for text in each]
-        found = self.features("query", asks, batch_size, progress)
+        found = self.features("query", asks, batch_size, progress, together)
         counts = np.array([len(each) for each in texts])
         mask = np.arange(max(counts)) < counts[:, None]
 
@@ -147,17 +150,20 @@ class Model:
         examples: Sequence,
         batch_size: int = 128,
         progress: Callable[[int], None] | None = None,
+        together: bool = False,
     ):
         """What the method's `query` or `item` computes: a tree of float32 (or bool) arrays `[N, …]`, on the host.
 
         For a retriever that is one array of unit vectors; for a re-ranker whatever `score` needs of one side. Texts of
-        different batches are padded to the longest. Arguments and errors as for `encode`.
+        different batches are padded to the longest. Arguments and errors as for `encode`; `together` is for retrievers.
         """
         if part not in ("query", "item"):
             raise ValueError(f"part is {part!r}; expected 'query' or 'item'")
         mesh = sharding.make_mesh(devices=jax.local_devices())
         params = jax.device_put(self.params, sharding.replicated(mesh))
-        batches, size = [], batch_size
+        batches, size, count = [], batch_size, len(examples)
+        if together:
+            examples = Chosen(examples, processes.share(count, batch_size))
         for rows, batch in _batches(part, examples, batch_size, self):
             compute = lambda size, batch=batch: [
                 self._encode_batch(params, part, piece, mesh) for piece in _pieces(batch, size)
@@ -166,6 +172,10 @@ class Model:
             batches += found
             if progress:
                 progress(len(rows))
+        if together:
+            batches = _everybodys(batches)
+            if progress:
+                progress(count - len(examples))
         if not batches:
             return np.zeros((0, 0), np.float32)
         return jax.tree.map(lambda *parts: _stacked(parts), *batches)
@@ -223,6 +233,15 @@ class Model:
         pad = lambda x: np.concatenate([x, np.repeat(x[-1:], size - n, axis=0)])
         batch = jax.device_put(jax.tree.map(pad, shorten(batch)), places)
         return jax.tree.map(lambda x: np.asarray(x)[:n], _encode(self.graph, params, part, batch))
+
+
+def _everybodys(batches: list) -> list:
+    """What the processes have computed, each for its part of the batches; a batch is an array, or a tuple of arrays."""
+    leaves = [jax.tree.leaves(batch) for batch in batches]
+    joined = dict(enumerate(map(_stacked, zip(*leaves)))) if leaves else {}
+    parts = processes.gather({str(place): x for place, x in joined.items()})
+    found = [tuple(part[str(place)] for place in range(len(part))) for part in parts if part]
+    return [part if len(part) > 1 else part[0] for part in found]
 
 
 def _pieces(batch: dict[str, np.ndarray], size: int) -> list[dict[str, np.ndarray]]:

@@ -8,6 +8,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
+from cir_jax import processes
+
 SECONDS_BETWEEN_LINES = 10.0
 
 JOINERS = "\u200c\u200d"  # not printable by Python's rule, but part of many emoji and scripts
@@ -21,9 +23,12 @@ def printable(text: str) -> str:
 
 @contextlib.contextmanager
 def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """Yield `advance(n)`, to be called when n more of `total` are done; `done` were finished before."""
+    """Yield `advance(n)`, to be called when n more of `total` are done; `done` were finished before.
+
+    Of several processes, the first shows it.
+    """
     show = _bar if sys.stderr.isatty() else _lines
-    with show(what, total, done) as advance:
+    with (show if processes.first() else _nothing)(what, total, done) as advance:
         yield advance
 
 
@@ -68,3 +73,8 @@ def _lines(what, total, done):
         print(f"{what}: {done} of {total}, about {left:.0f} s left", file=sys.stderr, flush=True)
 
     yield advance
+
+
+@contextlib.contextmanager
+def _nothing(what, total, done):
+    yield lambda n: None

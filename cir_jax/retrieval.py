@@ -11,12 +11,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cir_jax import processes
 from cir_jax.data.documents import DocumentSpec, document_query
 from cir_jax.index import Hits, Index
 from cir_jax.model import Model
 
 # Features of candidates that are held at once while their pairs are scored.
 FEATURE_BYTES = 2**30
+BLOCK = 256  # most candidates of a block; several processes take the blocks among themselves
 COUNTED = 64  # queries whose scores of a whole gallery are held at once
 
 
@@ -121,11 +123,12 @@ def score_candidates(
     pictures: Callable[[Sequence[int]], Sequence[Mapping]],
     rows: np.ndarray,
     progress: Callable[[int], None] | None = None,
+    together: bool = False,
 ) -> np.ndarray:
     """Scores `[Q, K]` float32 of a re-ranker for each query's candidates; -inf where the row is -1.
 
     Each pair is scored once. What depends on a query alone is computed once, what depends on an item alone once for as
-    many queries as fit half of `FEATURE_BYTES`; items are taken in blocks that fit the other half.
+    many queries as fit half of `FEATURE_BYTES`; items are taken in blocks of at most `BLOCK` that fit the other half.
 
     Args:
       model: a re-ranker, or a retriever, which scores by the inner product.
@@ -133,21 +136,36 @@ def score_candidates(
       pictures: raw items of gallery rows (`Index.items`).
       rows: `[Q, K]` gallery rows.
       progress: called with the number of queries done.
+      together: every process calls this with the same arguments, takes a part of the blocks, and gets all scores; the
+        same bits as from one process.
     """
     out = np.full(rows.shape, -np.inf, np.float32)
-    wanted = np.nonzero((rows >= 0).any(axis=1))[0]
-    fit = lambda part: max(1, FEATURE_BYTES // 2 // model.feature_bytes(part))
-    for turn in _blocks(wanted, fit("query")) if len(wanted) else ():
-        asked = model.features("query", [queries[row] for row in turn])
-        for block in _blocks(np.setdiff1d(rows[turn], [-1]), fit("item")):
-            items = model.features("item", pictures(block.tolist()))
-            places = np.searchsorted(block, rows[turn]).clip(max=len(block) - 1)
-            inside = block[places] == rows[turn]
-            scores = model.score(asked, items, np.where(inside, places, -1))
-            out[turn] = np.where(inside, scores, out[turn])
-        if progress:
+    units = _units(model, rows)
+    mine = processes.share(len(units)) if together else range(len(units))
+    for number, (turn, block) in ((number, units[number]) for number in mine):
+        if number == mine[0] or turn is not units[number - 1][0]:
+            asked = model.features("query", [queries[row] for row in turn])
+        items = model.features("item", pictures(block.tolist()))
+        places = np.searchsorted(block, rows[turn]).clip(max=len(block) - 1)
+        inside = block[places] == rows[turn]
+        scores = model.score(asked, items, np.where(inside, places, -1))
+        out[turn] = np.where(inside, scores, out[turn])
+        if progress and (number == mine[-1] or turn is not units[number + 1][0]):
             progress(len(turn))
-    return out
+    if not together:
+        return out
+    return np.max([part["scores"] for part in processes.gather({"scores": out})], axis=0)
+
+
+def _units(model: Model, rows: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(queries, gallery rows) whose pairs are scored at once, for candidates `rows` `[Q, K]`."""
+    wanted = np.nonzero((rows >= 0).any(axis=1))[0]
+    if not len(wanted):
+        return []
+    fit = lambda part: max(1, FEATURE_BYTES // 2 // model.feature_bytes(part))
+    queries, items = fit("query"), min(BLOCK, fit("item"))
+    of = lambda turn: _blocks(np.setdiff1d(rows[turn], [-1]), items)
+    return [(turn, block) for turn in _blocks(wanted, queries) for block in of(turn)]
 
 
 def scores_of(
@@ -207,13 +225,17 @@ def _blocks(values: np.ndarray, size: int) -> list[np.ndarray]:
 
 
 def score_by_vectors(
-    model: Model, queries: Sequence[Mapping], vectors: np.ndarray, rows: np.ndarray
+    model: Model,
+    queries: Sequence[Mapping],
+    vectors: np.ndarray,
+    rows: np.ndarray,
+    together: bool = False,
 ) -> np.ndarray:
     """`score_candidates` of a retriever whose item vectors `[N, D]` are at hand, so that no picture is read."""
     out = np.full(rows.shape, -np.inf, np.float32)
     wanted = np.nonzero((rows >= 0).any(axis=1))[0]
     if len(wanted):
-        asked = model.encode("query", [queries[row] for row in wanted])
+        asked = model.encode("query", [queries[row] for row in wanted], together=together)
         out[wanted] = scores_of(asked, vectors, rows[wanted])
     return out
 

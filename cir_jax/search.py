@@ -7,7 +7,7 @@ from pathlib import Path
 
 import tyro
 
-from cir_jax import files
+from cir_jax import files, processes
 from cir_jax.commands import Common
 from cir_jax.compilation import keep_compiled
 from cir_jax.progress import printable
@@ -96,6 +96,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("a query needs --text, --image, both, or --document; none was given")
     if arguments.fusion is not None and arguments.rerank is None:
         raise ValueError("--fusion weighs two stages; it needs --rerank")
+    processes.join(preemption=False)
     if arguments.html:
         files.check_writable(arguments.html)
     document = read_document(arguments.document) if arguments.document else None

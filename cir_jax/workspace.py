@@ -1,7 +1,7 @@
 """What an evaluation opens and computes once: benchmarks, models, vectors, scores.
 
 With a folder, what takes long is also kept on disk until the whole evaluation is written, so that an interrupted one
-goes on where it was.
+goes on where it was. Of several processes, which all call the same, the first has the folder.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from cir_jax import files
+from cir_jax import files, processes
 from cir_jax.data.benchmark import Benchmark, Chosen
 from cir_jax.data.records import Gallery
 from cir_jax.progress import progress
@@ -127,20 +127,26 @@ class Workspace:
         """Vectors `[N, D]` of a benchmark's gallery, shard by shard, with progress."""
         gallery, ids = self.benchmark(name).gallery, self.benchmark(name).ids
         encode = lambda first, last: model.encode(
-            "item", Chosen(gallery, range(first, last)), self.batch_size, advance
+            "item", Chosen(gallery, range(first, last)), self.batch_size, advance, together=True
         )
         if self.folder is None:
             with progress(f"items of {name}", len(gallery)) as advance:
                 return encode(0, len(gallery))
-        place = self._place(f"items-{digest([model.fingerprint, self.content(name)])}")
-        with VectorWriter(place, fingerprint=model.fingerprint) as writer:
-            done = writer.done
+        writer = None
+        if processes.first():
+            place = self._place(f"items-{digest([model.fingerprint, self.content(name)])}")
+            writer = VectorWriter(place, fingerprint=model.fingerprint)
+        with writer or contextlib.nullcontext():
+            done = int(processes.from_first(lambda: {"": np.array(writer.done)})[""])
             with progress(f"items of {name}", len(gallery), done) as advance:
                 for first in range(done, len(gallery), SHARD):
                     last = min(first + SHARD, len(gallery))
-                    writer.add(encode(first, last), ids[first:last])
-            writer.finish()
-        return Vectors(place).array()
+                    vectors = encode(first, last)
+                    if writer:
+                        writer.add(vectors, ids[first:last])
+            if writer:
+                writer.finish()
+        return processes.from_first(lambda: {"": Vectors(place).array()})[""]
 
     def scores(self, key: Any, rows: np.ndarray, score: Score) -> tuple[np.ndarray, float]:
         """Scores `[Q, K]` float32 of candidates `rows`, and the milliseconds they took, some queries at a time."""
@@ -159,7 +165,7 @@ class Workspace:
     def outcome(self, key: Any, compute: Callable[[], Outcome]) -> Outcome:
         """`compute()`, or what it gave when it was computed before an interruption."""
         stored = self._kept(f"run-{digest(key)}.npz", lambda: self._packed(compute()))
-        if self.folder is not None:
+        if self.folder is not None and processes.first():
             # The parts that a run was made of go with it, whichever process made them. Only what lies in the folder:
             # a name from a file must not lead a deletion out of it.
             named = json.loads(str(stored["parts"]))
@@ -170,7 +176,7 @@ class Workspace:
         """Delete what this evaluation has kept; what another one keeps in the folder stays."""
         for path in self._used:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        if self.folder is not None:
+        if self.folder is not None and processes.first():
             with contextlib.suppress(OSError):  # not empty
                 self.folder.rmdir()
 
@@ -191,12 +197,13 @@ class Workspace:
         """Arrays from the file of that name; made, and written to it, if there is none that can be read."""
         if self.folder is None:
             return make()
-        path = self._place(name)
-        if (found := _read(path)) is not None:
+        found = processes.from_first(lambda: _read(self._place(name)))
+        if found is not None:
             return found
         arrays = make()
-        with files.write_atomically(path) as part:
-            np.savez_compressed(part, **arrays)
+        if processes.first():
+            with files.write_atomically(self._place(name)) as part:
+                np.savez_compressed(part, **arrays)
         return arrays
 
 

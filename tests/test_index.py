@@ -120,12 +120,24 @@ def test_exact_scores_are_float32_products():
     np.testing.assert_allclose(hits.scores, found, rtol=0, atol=1e-6)
 
 
-def test_exact_splits_large_batches(monkeypatch):
-    rows, queries = integers(50), integers(300, seed=1)
-    whole = ExactIndex(rows).search(queries, 5)
-    monkeypatch.setattr(index_module, "SCORES_PER_DEVICE", 32 * 13)
-    assert_same(ExactIndex(rows).search(queries, 5), whole)
-    assert_same(whole, ranked(queries, rows, 5))
+def test_exact_splits_large_batches():
+    rows, queries = integers(50), integers(600, seed=1)
+    assert_same(ExactIndex(rows).search(queries, 5), ranked(queries, rows, 5))
+
+
+def test_exact_scores_have_the_same_bits_on_every_number_of_devices():
+    rows, queries = clustered(1300), clustered(40, seed=1)
+    search = lambda count: ExactIndex(rows, mesh=make_mesh(devices=jax.devices()[:count])).search
+    one = search(1)(queries, 200)
+    for count in (2, 3, 4):
+        assert_same(search(count)(queries, 200), one)
+
+
+def test_exact_lists_are_longer_than_a_block_and_rank_equals_by_row():
+    rows, queries = integers(700), integers(9, seed=1)
+    assert index_module._block_rows(len(rows)) == 128
+    for mesh in (make_mesh(), make_mesh(devices=jax.devices()[:1])):
+        assert_same(ExactIndex(rows, mesh=mesh).search(queries, 300), ranked(queries, rows, 300))
 
 
 def test_exact_compiles_once_per_batch_size_and_k():
@@ -138,12 +150,16 @@ def test_exact_compiles_once_per_batch_size_and_k():
     assert rank._cache_size() == before
 
 
+@pytest.mark.parametrize(("queries", "size"), [(1, 8), (8, 8), (9, 32), (512, 512), (9999, 512)])
+def test_queries_are_ranked_in_batches_of_few_sizes(queries, size):
+    assert index_module._bucket(queries) == size
+
+
 @pytest.mark.parametrize(
-    ("queries", "rows", "size"),
-    [(1, 10, 8), (9, 10, 32), (512, 10, 512), (9999, 10, 512), (9999, 2**20, 32), (1, 2**40, 8)],
+    ("rows", "block"), [(1, 128), (2000, 128), (2859, 256), (123_403, 8192), (10**8, 8192)]
 )
-def test_batch_sizes_fit_the_device(queries, rows, size):
-    assert index_module._bucket(queries, rows) == size
+def test_the_gallery_decides_alone_about_its_blocks(rows, block):
+    assert index_module._block_rows(rows) == block
 
 
 def test_an_empty_gallery_and_an_empty_batch():

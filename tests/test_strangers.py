@@ -329,9 +329,8 @@ def test_ids_that_are_no_text_are_refused(value, tmp_path):
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
-        ({"CIR_JAX_PROCESSES": "x"}, "CIR_JAX_PROCESSES is 'x'"),
-        ({"CIR_JAX_PROCESSES": ""}, "CIR_JAX_PROCESSES is ''"),
-        ({"CIR_JAX_PROCESSES": "2"}, "embed runs as one process"),
+        ({"CIR_JAX_PROCESSES": ""}, "CIR_JAX_COORDINATOR, CIR_JAX_PROCESSES, CIR_JAX_PROCESS not"),
+        ({"CIR_JAX_PROCESSES": "2"}, "CIR_JAX_COORDINATOR, CIR_JAX_PROCESS not set"),
     ],
 )
 def test_a_wrong_number_of_processes(environment, expected, tmp_path):

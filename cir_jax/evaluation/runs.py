@@ -1,5 +1,6 @@
 """One run of an evaluation: what is retrieved and re-ranked, and the rows of results.json that tell of it."""
 
+import functools
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -30,7 +31,7 @@ SCANN_RECALL = 0.99  # what a ScaNN index is tuned to, against the exact list
 def measure(
     model, name: str, retriever: str = "", k: int = 50, work: Workspace | None = None
 ) -> dict[str, float]:
-    """Metrics of a model on a benchmark with exact search; used during training.
+    """Metrics of a model on a benchmark with exact search; used during training, by all processes together.
 
     A re-ranker is measured on the k best candidates of the model that `retriever` names; a `work` space that is given
     again has them, and the benchmark, at hand.
@@ -45,7 +46,8 @@ def measure(
     hits = work.once("candidates", (retriever, name, k), find)
     asked = Queries(benchmark.queries, 2, BUILTIN)
     pictures = lambda rows: [benchmark.gallery[row] for row in rows]
-    hits = rerank(hits, score_candidates(model, asked, pictures, hits.rows[:, :k]))
+    scores = score_candidates(model, asked, pictures, hits.rows[:, :k], together=True)
+    hits = rerank(hits, scores)
     return metrics.evaluate(hits.rows, benchmark)
 
 
@@ -54,8 +56,8 @@ def _exact_hits(model, benchmark, least: int):
     from cir_jax.index import ExactIndex
     from cir_jax.retrieval import Queries, retrieve
 
-    index = ExactIndex(model.encode("item", benchmark.gallery))
-    queries = model.encode("query", Queries(benchmark.queries, 1, BUILTIN))
+    index = ExactIndex(model.encode("item", benchmark.gallery, together=True))
+    queries = model.encode("query", Queries(benchmark.queries, 1, BUILTIN), together=True)
     depth = min(max(metrics.depth(benchmark), least), len(index))
     return retrieve(index, queries, depth, benchmark.exclude)
 
@@ -76,9 +78,10 @@ def _vectors(run: Run, work: Workspace):
     model, benchmark = work.model(run.retriever), work.benchmark(run.benchmark)
     items = work.items(model, run.benchmark)
     asked = list(asked_in(run, 1, benchmark.queries, work))
-    model.encode("query", asked, work.batch_size)  # compiles, so that the timed pass does not
+    encode = functools.partial(model.encode, "query", asked, work.batch_size, together=True)
+    encode()  # compiles, so that the timed pass does not
     start = time.perf_counter()
-    queries = model.encode("query", asked, work.batch_size)
+    queries = encode()
     return queries, items, 1000 * (time.perf_counter() - start) / max(1, len(benchmark.queries))
 
 
@@ -120,8 +123,8 @@ def _scorer(run: Run, items, work: Workspace):
         some = Chosen(benchmark.queries, range(first, first + len(rows)))
         asked = asked_in(run, 2, some, work)
         if run.reranker == run.retriever:
-            return score_by_vectors(model, asked, items, rows)
-        return score_candidates(model, asked, pictures, rows, advance)
+            return score_by_vectors(model, asked, items, rows, together=True)
+        return score_candidates(model, asked, pictures, rows, advance, together=True)
 
     return score
 
@@ -175,7 +178,7 @@ def _tuning_queries(run: Run, work: Workspace) -> np.ndarray | None:
     if name is None:
         return None
     asked = Queries(work.benchmark(name).queries, 1, run.documents)
-    vectors = work.model(run.retriever).encode("query", asked, work.batch_size)
+    vectors = work.model(run.retriever).encode("query", asked, work.batch_size, together=True)
     return vectors[0][vectors[1]] if isinstance(vectors, tuple) else vectors
 
 
