@@ -11,9 +11,19 @@ import pytest
 from flax import nnx
 
 from cir_jax.bench import __main__ as bench
-from cir_jax.bench import encode, peers
+from cir_jax.bench import encode, peers, shares, train
 from cir_jax.commands import start
+from cir_jax.data.images import ImageSpec
+from cir_jax.data.inputs import Inputs
+from cir_jax.data.text import TextSpec
 from cir_jax.encoders import clip
+from cir_jax.encoders.beit3 import Beit3Config
+from cir_jax.encoders.bert import BertConfig
+from cir_jax.encoders.vit import VitConfig
+from cir_jax.methods.blip_cir import BlipCirConfig
+from cir_jax.methods.blip_rerank import BlipRerankConfig
+from cir_jax.methods.cfir import CfirConfig
+from cir_jax.methods.clip import ClipConfig
 
 # Of the published models (react.md 4.5, cfir.md 2.2, maria.md): one tower each.
 PARAMETERS = {
@@ -23,6 +33,26 @@ PARAMETERS = {
     "beit3-image": 85_798_656 + 12 * 2 * (768 + 3072) + 2 * 768,
     "bert": 108_891_648,
     "resnext": 86_742_336 + 2 * 101_440,
+}
+
+INPUTS = Inputs(ImageSpec(size=32), TextSpec(length=8))
+PICTURES = VitConfig(size=32, patch=16, width=32, layers=2, heads=2)
+TEXTS = BertConfig(60, 8, 32, 2, 2, 64, types=0, image_width=32, dropout=0.0)
+CLIP = (
+    clip.VisionConfig(size=32, patch=16, width=32, layers=2, heads=2),
+    clip.TextConfig(60, 8, width=32, layers=2, heads=2),
+)
+MULTIWAY = Beit3Config(32, 16, 60, 8, 32, 2, 2, 64, mask_token=False, initial="scratch")
+# The methods that `bench train` measures, in a size for tests and without dropout.
+CONFIGS = {
+    "clip": ClipConfig(*CLIP, embed=16, inputs=INPUTS),
+    "blip_cir": BlipCirConfig(PICTURES, TEXTS, embed=16, inputs=INPUTS),
+    "blip_rerank": BlipRerankConfig(PICTURES, TEXTS, merge_from=1, inputs=INPUTS),
+    "cfir": CfirConfig(MULTIWAY, inputs=INPUTS),
+}
+SMALL = {
+    name: dataclasses.replace(train.FAMILIES[name], config=config, tokens=8)
+    for name, config in CONFIGS.items()
 }
 
 
@@ -81,7 +111,7 @@ def test_sides_take_turns_and_the_first_turn_does_not_count():
 
 def test_the_table_marks_what_misses_its_goal(capsys):
     line = encode.Result("bert", "forward", "float32", 8, 4.0, 5.0, 0.8, 0.85, 900.0, 800.0)
-    bench.print_table(
+    bench.print_encoders(
         [line, dataclasses.replace(line, ratio=0.9), dataclasses.replace(line, goal=None)]
     )
     _, missed, reached, without = capsys.readouterr().out.splitlines()

@@ -2,15 +2,23 @@
 
 import json
 import re
+from dataclasses import replace
 
+import jax
+import numpy as np
 import processes
 import pytest
+from flax import traverse_util
 from reference import library
-from test_bench import count
+from test_bench import SMALL, count
 
+from cir_jax import checkpoint
 from cir_jax.bench import __main__ as bench
-from cir_jax.bench import encode
+from cir_jax.bench import encode, train
 from cir_jax.bench.load import write_pictures
+from cir_jax.conversion.clip import hugging_face_rules
+from cir_jax.conversion.rules import original
+from cir_jax.training import optim
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
@@ -18,7 +26,7 @@ pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 @pytest.mark.parametrize("family", bench.FAMILIES)
 def test_both_sides_have_the_same_parameters(family):
     library("transformers"), library("torchvision")
-    from cir_jax.bench.peers import Peer
+    from cir_jax.bench.peers.encoders import Peer
 
     assert Peer(family, encode.examples(family, 1), 1, 1e-6).parameters == count(family)
 
@@ -53,3 +61,87 @@ def test_loading_gives_the_same_pictures_and_a_table(tmp_path):
     assert "pictures differ by at most 0.0e+00" in shown
     for reader in ("DataLoader, folder", "folder", "tar", "ArrayRecord"):
         assert re.search(rf"^ *{reader} +\d+ ", shown, re.MULTILINE), shown
+
+
+# ---- training steps ----
+
+
+def peer(experiment, batch):
+    library("transformers")
+    from cir_jax.bench.peers.training import Peer
+
+    return Peer(experiment, batch, dtype="float32", device="cpu", compiled=False)
+
+
+def their_names(method: str, params) -> dict[str, np.ndarray]:
+    """Our parameters under the names of the model in PyTorch."""
+    flat = {name: np.asarray(x) for name, x in traverse_util.flatten_dict(params, sep="/").items()}
+    if method == "clip":
+        return {f"model.{name}": make() for name, _, make in original(flat, hugging_face_rules())}
+    found = {}
+    for name, x in flat.items():
+        for layer in range(len(x)) if "/blocks/" in name else [None]:
+            found |= [one(name, x, layer)]
+    return found
+
+
+def one(name: str, x: np.ndarray, layer: int | None) -> tuple[str, np.ndarray]:
+    if layer is not None:
+        # The two-branch encoder's layers of the second kind come behind those of the first.
+        kind = 1 if "/linear/" in name else 0
+        name = re.sub("/blocks/(mean/|linear/)?", f"/blocks/{layer + kind}/", name)
+        x = x[layer]
+    name = name.replace("text/embedding", "embedding") if name == "text/embedding" else name
+    name = name.replace("/expert", "").replace("ln_final", "ln_post").replace("patch_", "patch/")
+    if name.endswith("/kernel"):
+        x = x.transpose(3, 2, 0, 1) if x.ndim == 4 else x.T
+    name = re.sub("/(kernel|scale)$|(?<=embedding)$", "/weight", name)
+    return name.replace("/", "."), x
+
+
+@pytest.mark.parametrize("method", bench.METHODS)
+def test_both_sides_train_alike(method, monkeypatch):
+    """The same losses over steps that change the weights: the same model, loss, gradients, clipping and AdamW."""
+    torch = library("torch")
+    monkeypatch.setitem(train.FAMILIES, method, SMALL[method])
+    task = train.Task(method, "cir_jax", "cpu", "float32", rows=4, repeats=1, remat=False)
+    experiment = task.experiment
+    experiment = replace(experiment, optim=replace(experiment.optim, lr=3e-3))
+    batch = train.batch(SMALL[method], 4)
+    ours, theirs = train.Ours(experiment, batch), peer(experiment, batch)
+    assert ours.parameters == theirs.parameters
+    shaken = lambda x: x + 0.1 * np.random.default_rng(x.size).standard_normal(x.shape, np.float32)
+    parts = {part: jax.tree.map(shaken, ours.state[part]) for part in ("params", "frozen")}
+    ours.state |= jax.device_put(parts)
+    names = their_names(method, optim.join(parts["params"], parts["frozen"]))
+    theirs.model.load_state_dict({name: torch.tensor(x) for name, x in names.items()}, strict=True)
+    losses = []
+    for _ in range(4):
+        ours.step(), theirs.step()
+        losses.append((ours.value, float(theirs.value)))
+    found, expected = np.array(losses).T
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    assert np.ptp(expected) > 0.05
+
+
+@pytest.mark.parametrize("method", bench.METHODS)
+def test_full_sizes_have_the_same_parameters(method):
+    torch = library("torch")
+    library("transformers")
+    from cir_jax.bench.peers.training import METHODS
+
+    config = train.FAMILIES[method].config
+    with torch.device("meta"):
+        theirs = METHODS[type(config)](config)
+    _, shapes = checkpoint.abstract_params(config)
+    ours = sum(x.size for x in jax.tree.leaves(shapes))
+    assert sum(x.numel() for x in theirs.parameters()) == ours
+    frozen = train.FAMILIES[method].frozen
+    _, held = optim.split_frozen(shapes, frozen)
+    names = [name.replace(".", "/") for name, _ in theirs.named_parameters()]
+    count = sum(
+        x.numel()
+        for name, x in zip(names, theirs.parameters())
+        if any(re.fullmatch(each, name) for each in frozen)
+    )
+    assert count == sum(x.size for x in jax.tree.leaves(held))
