@@ -119,20 +119,18 @@ def train(command: Train) -> None:
     """Measure, print the table and write the numbers."""
     from cir_jax.bench.measure import versions
     from cir_jax.bench.train import found_device, measured
-    from cir_jax.training.flops import peak
 
     if command.output:
         files.check_writable(command.output)
     machine = versions()
-    device, kind = found_device(command.device)
+    device, kind, peak = found_device(command.device)
     if device == "gpu":
         machine["processor"] = kind
     families = dict.fromkeys(command.family)
     peers = dict.fromkeys(command.peer or ("eager" if device == "cpu" else "compile",))
     dtype = command.dtype or ("float32" if device == "cpu" else "bfloat16")
-    known = peak(kind) if dtype == "bfloat16" else None
     sizes = command.batch, command.repeat, command.remat
-    lines = measured(tuple(families), tuple(peers), dtype, device, *sizes, known)
+    lines = measured(tuple(families), tuple(peers), dtype, device, *sizes, peak)
     results = collected(lines, len(families) * (1 + len(peers)))
     print_training(results)
     where = "one core of " if device == "cpu" else ""

@@ -84,7 +84,7 @@ class Ours:
         self.batch = jax.device_put(batch)
         build = lambda: FAMILIES[family].build(dtype=dtype, remat=remat, rngs=nnx.Rngs(0))
         graph, shapes = nnx.split(nnx.eval_shape(build))
-        self.params = _drawn(nnx.to_pure_dict(shapes))
+        self.params = drawn(nnx.to_pure_dict(shapes))
         call = lambda params, batch: FAMILIES[family].call(nnx.merge(graph, params), batch)
 
         def step(params, batch):
@@ -106,12 +106,12 @@ class Ours:
         self.params = jax.block_until_ready(self._step(self.params, self.batch))
 
 
-def _drawn(shapes):
+def drawn(shapes):
     """Parameters of these shapes. numpy draws them: a compiled start would count as memory of the encoder."""
     draw = np.random.default_rng(0)
 
     def value(path, shape):
-        if path[-1].key in ("scale", "variance"):
+        if path[-1].key in ("scale", "variance") or not shape.shape:
             return jnp.ones(shape.shape)
         return jnp.asarray(0.02 * draw.standard_normal(shape.shape, np.float32))
 

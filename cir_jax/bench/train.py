@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cir_jax import checkpoint
+from cir_jax import checkpoint, flops, memory
+from cir_jax.bench.encode import drawn
 from cir_jax.bench.measure import MEBIBYTE, in_new_process, pin, resident
 from cir_jax.bench.shares import shares
 from cir_jax.config import Experiment, Optim, Train
@@ -26,7 +27,7 @@ from cir_jax.methods.blip_cir import BlipCirConfig
 from cir_jax.methods.blip_rerank import BlipRerankConfig
 from cir_jax.methods.cfir import CfirConfig
 from cir_jax.methods.clip import ClipConfig
-from cir_jax.training import flops, optim
+from cir_jax.training import optim
 from cir_jax.training.step import make_init, make_step
 
 Device = Literal["cpu", "gpu"]
@@ -99,9 +100,9 @@ def vocabulary(config) -> int:
 
 @dataclass(frozen=True)
 class Task:
-    """What a side is to do; `family` is the name of one."""
+    """What a side is to do."""
 
-    family: str
+    family: Family
     side: Side
     device: Device
     dtype: Dtype
@@ -112,10 +113,9 @@ class Task:
     @property
     def experiment(self) -> Experiment:
         """The experiment whose step is measured."""
-        family = FAMILIES[self.family]
-        method = replace(family.config, dtype=self.dtype, remat=self.remat)
+        method = replace(self.family.config, dtype=self.dtype, remat=self.remat)
         train = Train(steps=1000, batch_size=self.rows)
-        return Experiment(method, (), train, replace(OPTIM, frozen=family.frozen))
+        return Experiment(method, (), train, replace(OPTIM, frozen=self.family.frozen))
 
 
 class Ours:
@@ -126,11 +126,12 @@ class Ours:
     def __init__(self, config: Experiment, batch):
         tx = optim.optimizer(config.optim, config.train.steps)
         graph, _ = checkpoint.abstract_params(config.method)
-        self.state = jax.jit(make_init(config, tx))(jax.random.key(config.train.seed))
-        self.batch, self.tx, self.config = jax.device_put(batch), tx, config
+        state = jax.eval_shape(make_init(config, tx), jax.random.key(0))
+        moments = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state["opt"])
+        params = {part: drawn(state[part]) for part in ("params", "frozen")}
+        self.state, self.batch, self.number = {**params, "opt": moments}, jax.device_put(batch), 0
         step = jax.jit(make_step(graph, tx, config.train.seed), donate_argnums=0)
         self._step = step.lower(self.state, self.batch, np.int32(0)).compile()
-        self.number = 0
 
     @property
     def parameters(self) -> int:
@@ -142,13 +143,6 @@ class Ours:
     def value(self) -> float:
         """The loss before the last step."""
         return float(self.metrics["loss"])
-
-    def operations(self) -> int:
-        """Floating-point operations of the products of one step, without any that rematerialisation repeats."""
-        graph, _ = checkpoint.abstract_params(replace(self.config.method, remat=False))
-        step = make_step(graph, self.tx, 0)
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.state)
-        return flops.operations(step, shapes, self.batch, np.int32(0))
 
     def step(self) -> None:
         self.state, self.metrics = self._step(self.state, self.batch, np.int32(self.number))
@@ -175,6 +169,14 @@ class Ours:
 _product = jax.jit(functools.partial(jnp.dot, preferred_element_type=jnp.float32))
 
 
+def operations(config: Experiment, batch) -> int:
+    """Floating-point operations of the products of one step, without those that rematerialisation repeats."""
+    tx = optim.optimizer(config.optim, config.train.steps)
+    graph, _ = checkpoint.abstract_params(replace(config.method, remat=False))
+    state = jax.eval_shape(make_init(config, tx), jax.random.key(0))
+    return flops.count(make_step(graph, tx, 0), state, batch, np.int32(0))
+
+
 @dataclass(frozen=True)
 class Measured:
     """What the process of a side found.
@@ -199,13 +201,28 @@ class Measured:
 
 
 def measure(task: Task) -> Measured:
-    """Run one side, in a process that does nothing else."""
+    """Run one side, in a process that does nothing else.
+
+    Raises:
+      MemoryError: the device cannot hold it.
+    """
+    try:
+        return _measure(task)
+    except jax.errors.JaxRuntimeError as error:
+        if not memory.full(error):
+            raise
+        raise MemoryError(
+            f"a batch of {task.rows} does not fit {memory.devices()}; give a smaller --batch, or --remat"
+        ) from None
+
+
+def _measure(task):
     cpu = task.device == "cpu"
     if cpu:
         pin()
         jax.config.update("jax_platforms", "cpu")
     clock = time.process_time if cpu else time.perf_counter
-    config, examples = task.experiment, batch(FAMILIES[task.family], task.rows)
+    config, examples = task.experiment, batch(task.family, task.rows)
     if task.side == "cir_jax":
         jax.block_until_ready(jnp.zeros(1))
         kind, make = Ours, lambda: Ours(config, examples)
@@ -217,9 +234,6 @@ def measure(task: Task) -> Measured:
     best = 2 * SIDE**3 / _best(lambda: kind.product(task.dtype, SIDE), clock, 5) if cpu else None
     before = resident("VmRSS")
     side = make()
-    for _ in range(2):  # the first compiles
-        side.step()
-    side.wait()
     seconds = _best(lambda: _steps(side, STEPS[task.device]), clock, task.repeats)
     return Measured(
         side.title,
@@ -228,7 +242,7 @@ def measure(task: Task) -> Measured:
         resident("VmHWM") - before if cpu else side.memory(),
         side.shares(),
         best,
-        side.operations() if task.side == "cir_jax" else None,
+        operations(config, examples) if task.side == "cir_jax" else None,
     )
 
 
@@ -256,6 +270,7 @@ class Result:
     """One line of the table; `ratio` is our rate by that of this side, and `utilization` a share of the peak."""
 
     family: str
+    title: str
     side: str
     dtype: str
     batch: int
@@ -264,11 +279,6 @@ class Result:
     utilization: float | None
     memory: float
     shares: dict[str, float]
-
-    @property
-    def title(self) -> str:
-        """The method in words."""
-        return FAMILIES[self.family].title
 
     def as_json(self) -> dict[str, Any]:
         """What `--output` writes of it."""
@@ -289,27 +299,29 @@ def measured(
 
     Args:
       rows: of a batch; None for those of each family.
-      peak: operations per second of the device, None if not known; on a CPU the best product that a side makes.
+      peak: operations per second of the device in bfloat16, if known; on a CPU the best product of a side takes its place.
 
     Raises:
       ImportError: PyTorch or a library of its models is missing.
       MemoryError: a process was killed.
     """
-    for family in families:
-        count = rows or FAMILIES[family].rows[device]
-        found = []
+    for name in families:
+        family, found = FAMILIES[name], []
+        count = rows or family.rows[device]
         for side in ("cir_jax", *sides):
             task = Task(family, side, device, dtype, count, repeats, remat)
-            found.append(in_new_process(f"{family} ({side})", measure, task))
+            found.append(in_new_process(f"{name} ({side})", measure, task))
         ours = found[0]
+        known = peak if dtype == "bfloat16" else None
+        most = max(each.best for each in found) if device == "cpu" else known
         for each in found:
             if each.parameters != ours.parameters:
                 raise RuntimeError(
-                    f"{family} has {ours.parameters:,} parameters here, {each.parameters:,} in PyTorch"
+                    f"{name} has {ours.parameters:,} parameters here, {each.parameters:,} in PyTorch"
                 )
-            most = max(side.best for side in found) if device == "cpu" else peak
             yield Result(
-                family,
+                name,
+                family.title,
                 each.side,
                 dtype,
                 count,
@@ -321,13 +333,15 @@ def measured(
             )
 
 
-def found_device(wanted: Device | None) -> tuple[Device, str]:
-    """Where to measure, and its name in JAX; asked for in a new process, which would keep a GPU's memory.
+def found_device(wanted: Device | None) -> tuple[Device, str, float | None]:
+    """Where to measure, its name in JAX and its peak in bfloat16 if that is known.
+
+    A new process asks for it: whoever does keeps most of a GPU's memory.
 
     Raises:
       RuntimeError: there is no such device, or PyTorch cannot use it.
     """
-    device, kind = in_new_process("the device", _found_device, wanted)
+    device, kind, peak = in_new_process("the device", _found_device, wanted)
     if device not in ("cpu", "gpu"):
         raise RuntimeError(
             f"JAX finds a {kind} here, which PyTorch cannot use; measure on the CPU: --device cpu"
@@ -337,19 +351,14 @@ def found_device(wanted: Device | None) -> tuple[Device, str]:
 
         torch = library("torch")
         if not torch.cuda.is_available():
-            built = (
-                f"was built for CUDA {torch.version.cuda}"
-                if torch.version.cuda
-                else "is a build for the CPU"
-            )
             raise RuntimeError(
-                f"JAX finds {kind}, but torch {torch.__version__} {built} and finds no GPU; install PyTorch's build "
-                "for this GPU, or measure on the CPU: --device cpu"
+                f"JAX finds {kind}, but torch {torch.__version__} finds no GPU; install PyTorch's build for CUDA, "
+                "or measure on the CPU: --device cpu"
             )
-    return device, kind
+    return device, kind, peak
 
 
-def _found_device(wanted: Device | None) -> tuple[str, str]:
+def _found_device(wanted: Device | None) -> tuple[str, str, float | None]:
     if wanted:
         jax.config.update("jax_platforms", {"cpu": "cpu", "gpu": "cuda"}[wanted])
     try:
@@ -358,4 +367,5 @@ def _found_device(wanted: Device | None) -> tuple[str, str]:
         raise RuntimeError(
             f"JAX finds no {wanted} ({error}); for a GPU: pip install 'cir_jax[cuda]'"
         ) from None
-    return device.platform, device.device_kind
+    peak = flops.peak()
+    return device.platform, device.device_kind, peak and peak / jax.device_count()

@@ -5,6 +5,7 @@ CLIP is that of `transformers`; BLIP's and BEiT-3's models, which have no fused 
 """
 
 import math
+import os
 import re
 import sys
 from collections import Counter
@@ -229,6 +230,7 @@ class Peer:
 
     def shares(self) -> dict[str, float]:
         """Where the time of a step goes."""
+        os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # it reports its own start
         kinds = torch.profiler.ProfilerActivity
         activities, seconds = [kinds.CPU], Counter()
         activities += [kinds.CUDA] if self.device == "cuda" else []
