@@ -10,7 +10,7 @@ import processes
 import pytest
 from flax import traverse_util
 from reference import library
-from test_bench import SMALL, count
+from test_bench import SMALL, count, task
 
 from cir_jax import checkpoint
 from cir_jax.bench import __main__ as bench
@@ -66,11 +66,11 @@ def test_loading_gives_the_same_pictures_and_a_table(tmp_path):
 # ---- training steps ----
 
 
-def peer(experiment, batch):
+def peer(experiment, batch, compiled=False):
     library("transformers")
     from cir_jax.bench.peers.training import Peer
 
-    return Peer(experiment, batch, dtype="float32", device="cpu", compiled=False)
+    return Peer(experiment, batch, dtype="float32", device="cpu", compiled=compiled)
 
 
 def their_names(method: str, params) -> dict[str, np.ndarray]:
@@ -100,12 +100,10 @@ def one(name: str, x: np.ndarray, layer: int | None) -> tuple[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("method", bench.METHODS)
-def test_both_sides_train_alike(method, monkeypatch):
+def test_both_sides_train_alike(method):
     """The same losses over steps that change the weights: the same model, loss, gradients, clipping and AdamW."""
     torch = library("torch")
-    monkeypatch.setitem(train.FAMILIES, method, SMALL[method])
-    task = train.Task(method, "cir_jax", "cpu", "float32", rows=4, repeats=1, remat=False)
-    experiment = task.experiment
+    experiment = task(method).experiment
     experiment = replace(experiment, optim=replace(experiment.optim, lr=3e-3))
     batch = train.batch(SMALL[method], 4)
     ours, theirs = train.Ours(experiment, batch), peer(experiment, batch)
@@ -145,3 +143,38 @@ def test_full_sizes_have_the_same_parameters(method):
         if any(re.fullmatch(each, name) for each in frozen)
     )
     assert count == sum(x.size for x in jax.tree.leaves(held))
+
+
+def test_the_command_measures_training_and_writes(tmp_path, monkeypatch, capsys):
+    library("transformers")
+    monkeypatch.setattr(train, "FAMILIES", SMALL)
+    written = tmp_path / "numbers.json"
+    few = ["--family", "blip_cir", "--batch", "3", "--repeat", "1", "--device", "cpu"]
+    bench.main(["train", *few, "--output", str(written)])
+    ours, theirs = json.loads(written.read_text())["results"]
+    assert (ours["side"], theirs["side"]) == ("cir_jax", "PyTorch, eager")
+    rates = [line["steps_per_second"] for line in (ours, theirs)]
+    assert ours["ratio"] is None and theirs["ratio"] == pytest.approx(rates[0] / rates[1])
+    uses = [line["utilization"] for line in (ours, theirs)]
+    assert uses[0] / uses[1] == pytest.approx(theirs["ratio"]) and 0 < max(uses) < 1
+    for line in (ours, theirs):
+        assert (line["batch"], line["dtype"]) == (3, "float32") and line["memory"] > 0
+        assert sum(line["shares"].values()) == pytest.approx(1)
+        assert min(line["shares"].values()) > 0
+    assert capsys.readouterr().out.count("BLIP base, stage I ") == 2
+    with pytest.raises(RuntimeError, match=r"JAX finds no gpu .*cir_jax\[cuda\]"):
+        bench.main(["train", *few[:-1], "gpu"])
+
+
+def test_where_compiling_fails_pytorch_runs_eagerly_and_says_so(monkeypatch, capsys):
+    torch = library("torch")
+
+    def broken(model):
+        raise RuntimeError("no compiler\nof any kind")
+
+    monkeypatch.setattr(torch, "compile", lambda model: broken)
+    theirs = peer(task("clip").experiment, train.batch(SMALL["clip"], 4), compiled=True)
+    theirs.step()
+    assert theirs.title == "PyTorch, eager (compile fails)" and np.isfinite(float(theirs.value))
+    told = capsys.readouterr().err
+    assert told == "torch.compile fails, eager instead: RuntimeError: no compiler\n"
