@@ -4,6 +4,7 @@ CLIP is that of `transformers`; BLIP's and BEiT-3's models, which have no fused 
 `parts`. A method takes the config of ours, and a batch as ours reads it, and gives the loss.
 """
 
+import contextlib
 import math
 import os
 import re
@@ -230,11 +231,10 @@ class Peer:
 
     def shares(self) -> dict[str, float]:
         """Where the time of a step goes."""
-        os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # it reports its own start
         kinds = torch.profiler.ProfilerActivity
         activities, seconds = [kinds.CPU], Counter()
         activities += [kinds.CUDA] if self.device == "cuda" else []
-        with torch.profiler.profile(activities=activities) as profile:
+        with _silent(), torch.profiler.profile(activities=activities) as profile:
             self.step()
             self.wait()
         for row in profile.key_averages():
@@ -248,6 +248,19 @@ class Peer:
         """A product of two square matrices on the CPU."""
         x = torch.ones((size, size), dtype=getattr(torch, dtype))
         torch.mm(x, x)
+
+
+@contextlib.contextmanager
+def _silent():
+    """Nothing reaches stderr, where PyTorch's profiler reports that it starts and stops."""
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nothing:
+        os.dup2(nothing.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _on(batch, device):
