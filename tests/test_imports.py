@@ -11,17 +11,17 @@ BUILDERS = {"data/emoji_v1/build.py", "data/emoji_v1/meanings.py"}
 FILES = sorted(
     path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE).as_posix() not in BUILDERS
 )
-ONLY_IN = {  # library -> the one file that knows it
+ONLY_IN = {  # library -> the one file, or folder, that knows it
     "orbax": "checkpoint.py",
     "scann": "scann_index.py",
     "grain": "data/pipeline.py",
     "PIL": "data/images.py",
     # What is compared with; imported as importlib allows, too.
-    "torch": "bench/peers.py",
+    "torch": "bench/peers/",
     "tensorflow_datasets": "data/packed.py",
 }
 NEVER = {"tensorflow", "transformers", "torchvision", "cv2"}
-PEERS = {"cir_jax.bench.peers", "cir_jax.bench.encode"}  # known to the command `bench` alone
+PEERS = "cir_jax.bench.peers"  # known to the command `bench` alone
 FORBIDDEN = {  # part of the package -> parts it must not know
     "encoders": {"methods", "data", "train", "eval", "model", "checkpoint", "config", "sharding"},
     "methods": {"train", "eval", "model", "checkpoint", "sharding", "index", "retrieval"},
@@ -52,7 +52,7 @@ def test_libraries_are_known_in_one_place(path):
     roots = {dotted.split(".")[0] for dotted in imported(path) if not dotted.startswith("cir_jax")}
     assert not roots & NEVER
     for library, home in ONLY_IN.items():
-        assert library not in roots or name(path) == home
+        assert library not in roots or name(path).startswith(home)
 
 
 @pytest.mark.parametrize("path", FILES, ids=name)
@@ -63,10 +63,8 @@ def test_arrows_point_one_way(path):
 
 
 def test_only_the_benchmark_knows_pytorch():
-    knows = {
-        name(path) for path in FILES if any(d.startswith(tuple(PEERS)) for d in imported(path))
-    }
-    assert knows == {"bench/__main__.py", "bench/encode.py", "bench/load.py"}
+    knows = {name(path) for path in FILES if any(d.startswith(PEERS) for d in imported(path))}
+    assert knows and all(each.startswith("bench/") for each in knows)
 
 
 def test_nothing_imports_a_builder():

@@ -5,25 +5,20 @@ the best of all repetitions. Memory is measured in a new process for each number
 """
 
 import functools
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from cir_jax.bench.measure import MEBIBYTE, in_new_process, pin, resident
 from cir_jax.encoders import beit3, bert, clip, resnext, vit
 from cir_jax.encoders.layers import Dtype
 
 RATE = 1e-6
-MEBIBYTE = 2**20
 # What forward passes are to reach of PyTorch's float32 (platform.md 3).
 GOALS = {"float32": 0.85, "bfloat16": 3.0}
 
@@ -89,7 +84,7 @@ class Ours:
         self.batch = jax.device_put(batch)
         build = lambda: FAMILIES[family].build(dtype=dtype, remat=remat, rngs=nnx.Rngs(0))
         graph, shapes = nnx.split(nnx.eval_shape(build))
-        self.params = _drawn(nnx.to_pure_dict(shapes))
+        self.params = drawn(nnx.to_pure_dict(shapes))
         call = lambda params, batch: FAMILIES[family].call(nnx.merge(graph, params), batch)
 
         def step(params, batch):
@@ -111,12 +106,12 @@ class Ours:
         self.params = jax.block_until_ready(self._step(self.params, self.batch))
 
 
-def _drawn(shapes):
+def drawn(shapes):
     """Parameters of these shapes. numpy draws them: a compiled start would count as memory of the encoder."""
     draw = np.random.default_rng(0)
 
     def value(path, shape):
-        if path[-1].key in ("scale", "variance"):
+        if path[-1].key in ("scale", "variance") or not shape.shape:
             return jnp.ones(shape.shape)
         return jnp.asarray(0.02 * draw.standard_normal(shape.shape, np.float32))
 
@@ -168,7 +163,7 @@ def measured(
       ImportError: PyTorch or a library of its models is missing.
       MemoryError: a process that measures memory was killed.
     """
-    _pin()
+    pin()
     for family in families:
         rates = _rates(family, dtypes, rows, repeats, remat)
         for step in ("forward", "train"):
@@ -183,7 +178,7 @@ def measured(
 
 def _rates(family, dtypes, rows, repeats, remat) -> dict[tuple[str, str], tuple[float, ...]]:
     """By step and type: our rate, PyTorch's and their ratio, all taking turns."""
-    from cir_jax.bench.peers import Peer
+    from cir_jax.bench.peers.encoders import Peer
 
     batch, found = examples(family, rows), {}
     peer = Peer(family, batch, 1, RATE)
@@ -216,21 +211,15 @@ def _taking_turns(calls: Sequence[Callable[[], None]], repeats: int) -> list[lis
 def _memory(family: str, rows: int, step: str, dtype: str | None = None, remat=False) -> float:
     """MiB by which a new process grows at most when it does a step twice; PyTorch's without a dtype."""
     arguments = family, rows, step, dtype, remat
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        try:
-            return pool.submit(_growth, *arguments).result() / MEBIBYTE
-        except BrokenProcessPool:
-            raise MemoryError(
-                f"the process that measures {family} ({step}) was killed, as it is where memory runs out; "
-                "give a smaller --batch"
-            ) from None
+    return in_new_process(f"{family} ({step})", _growth, *arguments) / MEBIBYTE
 
 
 def _growth(family, rows, step, dtype, remat) -> int:
-    _pin()
+    pin()
     batch = examples(family, rows)
     if dtype is None:
-        from cir_jax.bench.peers import Peer, library
+        from cir_jax.bench.peers import library
+        from cir_jax.bench.peers.encoders import Peer
 
         for name in ("torch", "torchvision", "transformers"):
             library(name)
@@ -238,37 +227,8 @@ def _growth(family, rows, step, dtype, remat) -> int:
     else:
         jax.block_until_ready(jnp.zeros(1))
         make = lambda: Ours(family, batch, dtype, remat, RATE)
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     side = make()
     for _ in range(2):
         getattr(side, step)()
-    return _resident("VmHWM") - before
-
-
-def _resident(which: str) -> int:
-    """Bytes of this process in memory, now (`VmRSS`) or at most (`VmHWM`)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(which))
-
-
-def _pin() -> None:
-    """Keep this process, and what it starts, on one core."""
-    if not hasattr(os, "sched_setaffinity"):
-        raise RuntimeError("bench encode pins itself to one core, which works on Linux alone")
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-
-
-def versions() -> dict[str, str]:
-    """The libraries and the processor, for the caption and the file."""
-    from cir_jax.bench.peers import library
-
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        fields = dict(line.split(":", 1) for line in lines if ":" in line)
-    except OSError:
-        fields = {}
-    fields = {name.strip(): value.strip() for name, value in fields.items()}
-    kinds = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
-    has = [kind for kind in kinds if kind in fields.get("flags", "").split()]
-    processor = f"{fields.get('model name', 'unknown processor')} ({', '.join(has) or 'no AVX'})"
-    return {"processor": processor, "jax": jax.__version__, "torch": library("torch").__version__}
+    return resident("VmHWM") - before

@@ -9,7 +9,6 @@ import contextlib
 import io
 import os
 import resource
-import sys
 import tarfile
 import tempfile
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cir_jax.bench.measure import print_table
 from cir_jax.data.images import ImageSpec, jpeg
 from cir_jax.data.inputs import Inputs
 from cir_jax.data.records import Gallery, open_gallery
@@ -223,27 +223,19 @@ def _timed(make: Callable[[], Iterator[np.ndarray]]) -> tuple[float, float]:
 
 def load(command: Load) -> None:
     """Measure and print the table."""
-    from rich.console import Console
-    from rich.table import Table
-
     from cir_jax.progress import progress
 
     with progress("measured", 4 * command.repeat) as advance:
         results, difference = measured(command, advance)
-    table = Table(box=None)
-    for title in ("reader", "pictures/s", "ratio", "ms of processor", "ratio", "goal"):
-        table.add_column(title, justify="left" if title == "reader" else "right")
-    torch = results[0]
-    for found in results:
-        ratios = [found.rate / torch.rate, torch.cost / found.cost]
-        shown = [
-            f"{x:.2f}{' below' if x < GOAL else ''}" if found is not torch else "" for x in ratios
-        ]
-        goal = "" if found is torch else f"{GOAL:.2f}"
-        table.add_row(
-            found.title, f"{found.rate:.0f}", shown[0], f"{found.cost:.2f}", shown[1], goal
-        )
-    Console(width=None if sys.stdout.isatty() else 140, markup=False).print(table)
+    torch, *others = results
+    rows = [(torch.title, f"{torch.rate:.0f}", "", f"{torch.cost:.2f}", "", "")]
+    for found in others:
+        ratios = found.rate / torch.rate, torch.cost / found.cost
+        faster, cheaper = (f"{x:.2f}{' below' if x < GOAL else ''}" for x in ratios)
+        numbers = f"{found.rate:.0f}", faster, f"{found.cost:.2f}", cheaper, f"{GOAL:.2f}"
+        rows.append((found.title, *numbers))
+    titles = ("reader", "pictures/s", "ratio", "ms of processor", "ratio", "goal")
+    print_table(titles, rows, words=1)
     made = f"{command.workers} worker processes" if command.workers else "threads"
     print(
         f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; ours with {made}; "
