@@ -48,7 +48,7 @@ def both_ways(scores):
 
 
 def clip(config):
-    """open_clip's, in the sizes of a config."""
+    """open_clip's, in the sizes of a config, with the scale of the released ones: at its bound."""
     vision, text = config.vision, config.text
     made = library("open_clip").CLIP(
         config.embed,
@@ -67,6 +67,7 @@ def clip(config):
             "heads": text.heads,
         },
         quick_gelu=True,
+        init_logit_scale=math.log(100),
     )
     return drawn(made)
 
@@ -409,7 +410,7 @@ def decayed_but(network, undecayed, weight_decay):
 
 
 def clip_optimizer(network, rate, weight_decay, warmup, steps):
-    """open_clip's: gains, biases and the scale do not decay."""
+    """open_clip's: gains, biases and the scale do not decay, and the scale is put back between its bounds."""
     library("open_clip_train")
     from open_clip_train.scheduler import cosine_lr
 
@@ -417,6 +418,8 @@ def clip_optimizer(network, rate, weight_decay, warmup, steps):
     undecayed = lambda name, x: x.ndim < 2 or any(part in name for part in parts)
     groups = decayed_but(network, undecayed, weight_decay)
     made = torch.optim.AdamW(groups, rate, betas=(0.9, 0.98), eps=1e-6)
+    scale = network.logit_scale.data
+    made.register_step_post_hook(lambda *_: scale.clamp_(0, math.log(100)))
     return made, cosine_lr(made, rate, warmup, steps)
 
 

@@ -10,6 +10,7 @@ from golden_weights import clip_params, clip_shapes, filled
 from cir_jax.data.images import ImageSpec
 from cir_jax.data.inputs import Inputs
 from cir_jax.encoders.clip import TextConfig, VisionConfig
+from cir_jax.encoders.layers import at_most
 from cir_jax.methods.clip import Clip, ClipConfig
 
 IMAGE = {  # norm, sum, first six
@@ -123,3 +124,11 @@ def products(jaxpr):
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):
                 yield from products(inner)
+
+
+def test_a_scale_at_its_cap_can_fall():
+    """The released models begin there; the cap only keeps the scale from rising."""
+    slope = jax.grad(lambda x, sign: sign * at_most(x, 100.0))
+    for x, sign, expected in ((99.0, -1.0, -1.0), (100.0, -1.0, 0.0), (100.0, 1.0, 1.0)):
+        assert slope(x, sign) == expected
+    assert at_most(101.0, 100.0) == 100

@@ -246,3 +246,15 @@ def unit(x: jax.Array) -> jax.Array:
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     square = jnp.sum(x * x, axis=-1, keepdims=True)
     return x * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def at_most(x: jax.Array, limit: float) -> jax.Array:
+    """The smaller of both. From the limit on only slopes that lead back below it pass: x may leave it again."""
+    return jnp.minimum(x, limit)
+
+
+at_most.defvjp(
+    lambda x, limit: (jnp.minimum(x, limit), x),
+    lambda limit, x, slope: (jnp.where((x >= limit) & (slope < 0), 0, slope),),
+)

@@ -24,7 +24,7 @@ from cir_jax.encoders.beit3 import (
     TextTower,
     resize_positions,
 )
-from cir_jax.encoders.layers import Dtype, Linear, subkey, unit
+from cir_jax.encoders.layers import Dtype, Linear, at_most, subkey, unit
 from cir_jax.large_batches import in_chunks
 
 # For `optim.frozen`: what stays as it was. Without an entry everything is trained.
@@ -130,7 +130,7 @@ class Cfir(nnx.Module):
     def scale(self) -> jax.Array:
         """The learned inverse temperature."""
         limit = math.inf if self.config.largest_scale is None else self.config.largest_scale
-        return jnp.minimum(jnp.exp(self.logit_scale[...]), limit)
+        return at_most(jnp.exp(self.logit_scale[...]), limit)
 
     def loss(self, batch, key) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Symmetric contrastive loss of one text and one picture per row.

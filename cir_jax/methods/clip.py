@@ -15,7 +15,7 @@ from cir_jax import losses
 from cir_jax.data.inputs import Inputs
 from cir_jax.data.text import tokenizer
 from cir_jax.encoders.clip import ClipText, ClipVision, TextConfig, VisionConfig
-from cir_jax.encoders.layers import Activation, Dtype, unit
+from cir_jax.encoders.layers import Activation, Dtype, at_most, unit
 from cir_jax.encoders.resnet import ClipResnet, ResnetConfig
 from cir_jax.large_batches import in_chunks
 
@@ -111,8 +111,8 @@ class Clip(nnx.Module):
         return unit(self.image(images, self.image.random_patches(len(images), share, key)))
 
     def scale(self) -> jax.Array:
-        """The learned inverse temperature, capped."""
-        return jnp.minimum(jnp.exp(self.logit_scale[...]), self.config.largest_scale)
+        """The learned inverse temperature, capped; that of the released models begins at the cap."""
+        return at_most(jnp.exp(self.logit_scale[...]), self.config.largest_scale)
 
     def match(self, queries, items, groups=None) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The config's loss of matching unit vectors `[B, embed]`, at the learned scale."""
