@@ -58,6 +58,7 @@ TWO_STAGES = (
 )
 
 
+@pytest.mark.slow
 def test_every_run_has_a_row_with_everything(rows):
     fields = {"benchmark", "variant", "split", "run", "stage", "index", "queries", "gallery"}
     fields |= {"metrics", "interval", "random", "milliseconds_per_query", "checkpoints"}
@@ -77,6 +78,7 @@ def test_every_run_has_a_row_with_everything(rows):
         assert second["queries"] == first["queries"]
 
 
+@pytest.mark.slow
 def test_galleries_and_queries_are_those_of_the_specification(rows):
     sizes = {
         name: (stages(rows, name)[0]["queries"], stages(rows, name)[0]["gallery"])
@@ -92,6 +94,7 @@ def test_galleries_and_queries_are_those_of_the_specification(rows):
 
 
 # Floors a little below what the README reports; random orders reach a few percent at most.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "stage", "metric", "floor"),
     (
@@ -106,6 +109,7 @@ def test_the_packaged_models_have_learned_their_task(rows, name, stage, metric, 
     assert stages(rows, name)[stage - 1]["metrics"][metric] >= floor
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["emoji-composed/noto", "emoji-text/noto"])
 def test_the_second_stage_loses_nothing_and_says_what_it_gains(rows, name):
     first, second = stages(rows, name)
@@ -114,12 +118,14 @@ def test_the_second_stage_loses_nothing_and_says_what_it_gains(rows, name):
     assert gain >= 0 and 0 < second["p"]["recall@1"] <= 1
 
 
+@pytest.mark.slow
 def test_edits_are_reported_by_kind_in_both_stages(rows):
     first, second = stages(rows, "emoji-composed/noto")
     kinds = set(named_benchmark("emoji-composed/noto/test").rules)
     assert set(second["rules"]) == set(first["rules"]) == kinds
 
 
+@pytest.mark.slow
 def test_scann_agrees_with_the_exact_list_on_the_full_gallery(rows):
     for benchmark, variant in (("emoji-text", "noto-full"), ("emoji-composed", "noto")):
         (row,) = chosen(rows, benchmark=benchmark, variant=variant, index="scann", stage=1)
@@ -128,6 +134,7 @@ def test_scann_agrees_with_the_exact_list_on_the_full_gallery(rows):
         assert abs(exact["metrics"]["recall@10"] - row["metrics"]["recall@10"]) < 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TWO_STAGES)
 def test_ranks_of_every_query_are_kept_and_give_the_metrics_again(output, rows, name):
     benchmark = named_benchmark(f"{name}/test")
@@ -148,6 +155,7 @@ def test_ranks_of_every_query_are_kept_and_give_the_metrics_again(output, rows, 
             assert list(ranks["ids"]) == [query["id"] for query in benchmark.queries]
 
 
+@pytest.mark.slow
 def test_the_table_shows_every_row(output, rows):
     lines = [line for line in output[1].splitlines() if line.startswith(" emoji-")]
     assert len(lines) == len(rows)
@@ -159,6 +167,7 @@ def test_the_table_shows_every_row(output, rows):
         assert f" {100 * row['metrics']['recall@10']:.1f} (" in line
 
 
+@pytest.mark.slow
 def test_the_report_shows_pictures_of_both_stages_and_fetches_nothing(output, rows):
     page = (output[0] / "report.html").read_text(encoding="utf-8")
     assert 100_000 < len(page) < 8e6
@@ -169,6 +178,7 @@ def test_the_report_shows_pictures_of_both_stages_and_fetches_nothing(output, ro
     assert f"{100 * second['metrics']['recall@1']:.1f}" in page
 
 
+@pytest.mark.slow
 def test_the_models_that_serve_are_the_packaged_ones(rows):
     found = {(c["name"], c["fingerprint"]) for row in rows for c in row["checkpoints"]}
     assert found == {

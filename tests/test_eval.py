@@ -257,6 +257,7 @@ def test_the_command_measures_on_the_variants_asked_for(models, tmp_path, capsys
     assert rows[5]["gain"] and "ranks" not in rows[5]
 
 
+@pytest.mark.slow
 def test_the_candidates_do_not_depend_on_the_metrics(models, monkeypatch, tmp_path):
     """recall@1 needs one hit, its second stage as many as were asked for."""
     short = lambda variant, split: edits(variant, split, shown=("recall@1",))

@@ -215,6 +215,7 @@ def test_a_query_of_another_kind_is_refused(name):
                 tiny(name).encode("query", [query])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RERANKERS)
 def test_features_of_a_re_ranker_are_rows_on_the_host(name):
     model = tiny(name)
@@ -257,6 +258,7 @@ def test_gradients_are_finite_and_loss_falls(name):
     assert min(losses[-3:]) < 0.7 * losses[0]
 
 
+@pytest.mark.slow
 def test_loss_of_four_devices_equals_one(name):
     """Rows and parameters both spread; the first loss of the training is that of one device."""
     loss, params = loss_of(name)
@@ -342,6 +344,7 @@ def test_gradients_in_bfloat16_point_where_those_of_float32_do(name):
     assert 0.999 < exact @ rough < 1
 
 
+@pytest.mark.slow
 def test_own_vocabulary_travels_with_the_checkpoint(tmp_path):
     from cir_jax.data.text import train_bpe
     from cir_jax.methods.clip import ClipConfig
