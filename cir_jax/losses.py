@@ -1,5 +1,8 @@
 """Training losses. Written as if there were one device: under `jax.jit` on a mesh the batch is global."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -30,12 +33,13 @@ def contrastive(
       The mean of both directions, and the share of queries whose best item is a right one (`accuracy`).
     """
     if large_batches.rings():
-        way = lambda first, second: _met(_softmax, first, second, groups, scale)
-        (forward, metrics), back = way(queries, items), lambda: way(items, queries)
-    else:
-        logits = scale * jnp.einsum("qd,id->qi", queries, items)
-        (forward, metrics), back = listwise(logits, groups), lambda: listwise(logits.T, groups)
-    return (forward if one_way else (forward + back()[0]) / 2), metrics
+        forward, metrics = _met(_SOFTMAX, queries, items, groups, scale)
+        if one_way:
+            return forward, metrics
+        return (forward + _met(_SOFTMAX, items, queries, groups, scale)[0]) / 2, metrics
+    logits = scale * jnp.einsum("qd,id->qi", queries, items)
+    forward, metrics = listwise(logits, groups)
+    return (forward if one_way else (forward + listwise(logits.T, groups)[0]) / 2), metrics
 
 
 def sigmoid(
@@ -49,14 +53,27 @@ def sigmoid(
 
     Arguments and the metric as of `contrastive`; `bias` is added to all logits. The sum over pairs is divided by the rows.
     """
-    return _met(_sigmoid, queries, items, groups, scale, bias)
+    return _met(_SIGMOID, queries, items, groups, scale, bias)
 
 
-def _met(kind, queries, items, groups, *shared):
-    """A loss of queries that meet all items by what `kind` remembers of them, and the accuracy."""
+class _Memory(NamedTuple):
+    """What a loss of queries remembers of the items that they meet part by part.
+
+    Attributes:
+      start: the numbers of a query before.
+      meet: `(numbers, products, right, *shared) -> numbers`, arrays `[Q]`, from inner products `[Q, I]` and which are right.
+      loss: of a query, from its numbers after all.
+    """
+
+    start: tuple[float, ...]
+    meet: Callable
+    loss: Callable
+
+
+def _met(memory: _Memory, queries, items, groups, *shared):
+    """The loss of queries that meet all items, and the accuracy."""
     rows = len(queries)
     groups = jnp.arange(rows) if groups is None else groups
-    meet, start, value = kind
     zeros = jnp.zeros(rows, queries.dtype)
     best = (zeros - jnp.inf, jnp.full(rows, rows), jnp.zeros(rows, bool))  # score, row, is right
 
@@ -65,11 +82,11 @@ def _met(kind, queries, items, groups, *shared):
         products = jnp.einsum("qd,id->qi", queries, items)
         right = groups[:, None] == theirs[None, :]
         found = _best(state[0], jax.lax.stop_gradient(products), right, first)
-        return found, meet(state[1], products, right, *shared)
+        return found, memory.meet(state[1], products, right, *shared)
 
-    state = (best, tuple(zeros + x for x in start))
+    state = (best, tuple(zeros + x for x in memory.start))
     best, state = large_batches.meet_all(visit, state, (queries, groups), (items, groups), *shared)
-    return value(*state).mean(), {"accuracy": best[2].mean()}
+    return memory.loss(*state).mean(), {"accuracy": best[2].mean()}
 
 
 def _best(state, scores, right, first):
@@ -83,7 +100,7 @@ def _best(state, scores, right, first):
     return choose(new, score), choose(number, row), choose(take(right), hit)
 
 
-def _softmax_meet(state, products, right, scale):
+def _softmax(state, products, right, scale):
     """Running largest logit, sum of exponentials relative to it, sum of right logits, and their number."""
     largest, total, wanted, count = state
     logits = scale * products
@@ -92,19 +109,18 @@ def _softmax_meet(state, products, right, scale):
     return new, total, wanted + (logits * right).sum(axis=1), count + right.sum(axis=1)
 
 
-def _softmax_value(largest, total, wanted, count):
-    return largest + jnp.log(total) - wanted / count
-
-
-def _sigmoid_meet(state, products, right, scale, bias):
+def _sigmoid(state, products, right, scale, bias):
     """Running sum over pairs."""
     logits = scale * products + bias
     return (state[0] - jax.nn.log_sigmoid(jnp.where(right, logits, -logits)).sum(axis=1),)
 
 
-# What is remembered of all meetings: how a meeting changes it, what it is before, and the loss of a row after all.
-_softmax = (_softmax_meet, (-1e30, 0.0, 0.0, 0.0), _softmax_value)
-_sigmoid = (_sigmoid_meet, (0.0,), lambda total: total)
+_SOFTMAX = _Memory(
+    (-1e30, 0.0, 0.0, 0.0),
+    _softmax,
+    lambda largest, total, wanted, count: largest + jnp.log(total) - wanted / count,
+)
+_SIGMOID = _Memory((0.0,), _sigmoid, lambda total: total)
 
 
 def listwise(
