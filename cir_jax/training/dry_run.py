@@ -109,13 +109,13 @@ def needed(config: Experiment, compiled: bool = True) -> dict[str, Any]:
 
     mesh = sharding.make_mesh(config.mesh.fsdp, config.mesh.tensor)
     check_batch(config, mesh)
-    _, _, step, state = program(config, mesh)
+    run = program(config, mesh)
     count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
     needs = {
         "mesh": dict(mesh.shape),
         "batch_size": config.train.batch_size,
-        "parameters": {"trained": count(state["params"]), "frozen": count(state["frozen"])},
-        "state_bytes_per_device": {part: bytes_here(tree) for part, tree in state.items()},
+        "parameters": {"trained": count(run.state["params"]), "frozen": count(run.state["frozen"])},
+        "state_bytes_per_device": {part: bytes_here(tree) for part, tree in run.state.items()},
         "steps": [],
     }
     for kind in kinds_of_batches(config):
@@ -126,9 +126,9 @@ def needed(config: Experiment, compiled: bool = True) -> dict[str, Any]:
             "item": list(kind.item),
             "assumed": kind.assumed,
             "batch_bytes_per_device": bytes_here(batch),
-            "flops": flops.count(step, state, batch, number),
+            "flops": flops.count(run.step, run.state, batch, number),
         }
-        lowered = step.lower(state, batch, number)
+        lowered = run.step.lower(run.state, batch, number)
         if compiled:
             made = lowered.compile(compiler_options=PLANNED)
             found["temporary_bytes_per_device"] = made.memory_analysis().temp_size_in_bytes
