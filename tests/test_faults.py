@@ -560,12 +560,12 @@ inputs = Inputs(image=ImageSpec(size=64), text=TextSpec(vocab=str(VOCABULARY), l
 config = Experiment(
     method=ClipConfig.tiny(inputs),
     data=(Data("emoji-text"), Data("emoji-composed", variant="noto-strict")),
-    train=Train(steps=120, batch_size=8, log_every=1, save_every=8, eval_every=40),
+    train=Train(steps=60, batch_size=8, log_every=1, save_every=6, eval_every=30),
     optim=Optim(lr=1e-3, warmup=5, frozen=("image/.*",)),
     evals=("emoji-text/noto-first20/val",),
 )
 """
-RUN, SAVE = 120, 8
+RUN, SAVE, LONG = 60, 6, 900  # steps, steps, seconds
 EVERY = 4  # of so many kills one is inside a save
 
 
@@ -602,7 +602,7 @@ def kill_and_compare(folder: Path, count: int, seed: int) -> None:
     """Kill one run `count` times and compare its end with an undisturbed one; AssertionError if they differ."""
     (folder / "tiny.py").write_text(KILLS)
     command = ("cir_jax.train", folder / "tiny.py", "--workdir")
-    done = run(*command, folder / "whole")
+    done = run(*command, folder / "whole", timeout=LONG)
     assert done.returncode == 0, done.stderr.decode()
     draw, workdir = random.Random(seed), folder / "killed"
     moments = sorted(draw.uniform(0, RUN) for _ in range(count))
@@ -613,7 +613,7 @@ def kill_and_compare(folder: Path, count: int, seed: int) -> None:
     for number, moment in enumerate(moments):
         for _ in range(3 if number in inside else 1):  # a save may end before the signal arrives
             kill = Kill(workdir, moment, number in inside)
-            done = run(*command, workdir, stop=(signal.SIGKILL, kill))
+            done = run(*command, workdir, stop=(signal.SIGKILL, kill), timeout=LONG)
             assert done.returncode == -signal.SIGKILL, (moment, done.stderr.decode())
             half = kill.half_written()
             place = "inside a save" if number in inside else "anywhere"
@@ -621,7 +621,7 @@ def kill_and_compare(folder: Path, count: int, seed: int) -> None:
             if half:
                 break
         assert half or number not in inside
-    done = run(*command, workdir)
+    done = run(*command, workdir, timeout=LONG)
     assert done.returncode == 0, done.stderr.decode()
     assert losses(workdir) == losses(folder / "whole")
     same_bits(workdir, folder / "whole")
@@ -689,7 +689,7 @@ def test_a_state_of_two_processes_comes_back_exactly_in_one(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_one_of_two_processes_saves_the_same_step_in_both(number, tmp_path):
-    (tmp_path / "tiny.py").write_text(KILLS.replace("steps=120", "steps=3000"))
+    (tmp_path / "tiny.py").write_text(KILLS.replace("steps=60", "steps=3000"))
     workdir = tmp_path / "run"
     command = ("-m", "cir_jax.train", tmp_path / "tiny.py", "--workdir", workdir)
     options = ("--train.save-every", 1000, "--train.eval-every", 3000)
