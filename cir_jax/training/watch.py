@@ -104,9 +104,9 @@ class Watch:
     def values(self, step: int) -> dict[str, float]:
         """What the log says behind step `step`, about all steps since it was asked last.
 
-        `rows_per_second`, without the first step, which compiles; `waiting_for_data`, the share of the time in which the devices had nothing to do because the
-        next batch was not there; `utilisation`, the operations of the model by those that the devices can do at most;
-        memory (`memory.peaks`); and how many examples could not be read so far.
+        `rows_per_second`, without the first step, which compiles; `waiting_for_data`, the share of the time in which the
+        devices had nothing to do because the next batch was not there; `utilisation`, the operations of the model by
+        those that the devices can do at most; memory (`memory.peaks`); and how many examples could not be read so far.
         """
         values = dict(self.look())
         seconds, steps = time.monotonic() - self.start, step - self.since
