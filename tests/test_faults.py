@@ -670,7 +670,7 @@ def several(count, *command, **options) -> list[subprocess.Popen]:
 
 def ended(processes) -> list[tuple[int, str]]:
     """The exit code of each process and what it said."""
-    said = [process.communicate(timeout=280)[1] for process in processes]
+    said = [process.communicate(timeout=LONG)[1] for process in processes]
     return [(process.returncode, text) for process, text in zip(processes, said)]
 
 
@@ -689,24 +689,26 @@ def test_a_state_of_two_processes_comes_back_exactly_in_one(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_one_of_two_processes_saves_the_same_step_in_both(number, tmp_path):
-    (tmp_path / "tiny.py").write_text(KILLS.replace("steps=60", "steps=3000"))
+    other = ', Data("emoji-composed", variant="noto-strict")'
+    assert other in KILLS and "steps=60" in KILLS  # one shape of batches: less to compile
+    (tmp_path / "tiny.py").write_text(KILLS.replace(other, ",").replace("steps=60", "steps=3000"))
     workdir = tmp_path / "run"
     command = ("-m", "cir_jax.train", tmp_path / "tiny.py", "--workdir", workdir)
     options = ("--train.save-every", 1000, "--train.eval-every", 3000)
-    both = several(2, *command, *options)
-    kill, end = Kill(workdir, 5, False), time.monotonic() + 250
+    both = several(2, *command, *options, JAX_DISABLE_MOST_OPTIMIZATIONS="true")
+    kill, end = Kill(workdir, 3, False), time.monotonic() + LONG
     while not kill() and time.monotonic() < end:
         time.sleep(0.05)
     both[1].send_signal(number)
-    codes = [code for code, _ in ends] if (ends := ended(both)) else []
+    ends = ended(both)
+    codes = [code for code, _ in ends]
     # The one that was asked, and the one that was told by it.
     assert codes == [143, 143 if number == signal.SIGTERM else 130], ends
     (step,) = saved(workdir)
-    assert kill.step() == step >= 5
+    assert kill.step() == step >= 3
     # One process goes on where two stopped.
-    done = run(
-        "cir_jax.train", *command[2:], *options, "--train.steps", step + 2, "--accept-changes"
-    )
+    more = ("--train.steps", step + 2, "--accept-changes")
+    done = run("cir_jax.train", *command[2:], *options, *more, timeout=LONG)
     assert done.returncode == 0, done.stderr.decode()
     assert f"continuing from step {step}" in done.stderr.decode()
     assert sorted(losses(workdir)) == list(range(1, step + 3))
