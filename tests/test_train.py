@@ -127,7 +127,7 @@ def test_a_finished_run_is_not_run_again(config, finished):
 
 def test_another_experiment_in_the_same_workdir_is_refused(config, finished):
     process = start(config, finished, "--optim.lr", "0.5")
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 1
     assert "another experiment (different: optim.lr 0.001, now 0.5)" in output
     assert "Traceback" not in output
