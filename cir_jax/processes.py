@@ -72,13 +72,14 @@ def given() -> tuple[str, int, int]:
 def join(preemption: bool = True) -> None:
     """Connect to the other processes if there are any; from then on only process 0 has a stdout.
 
+    Where not all of them come within ten minutes, JAX ends the process, with `LOST`.
+
     Args:
       preemption: a SIGTERM to one process is told to all, for `multihost_utils.reached_preemption_sync_point`, and does
         nothing else; without, it ends that process as always.
 
     Raises:
       ValueError: the environment contradicts itself; see `asked`.
-      RuntimeError: the others did not come within ten minutes.
     """
     how = asked()
     if not how:
