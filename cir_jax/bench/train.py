@@ -359,13 +359,11 @@ def found_device(wanted: Device | None) -> tuple[Device, str, float | None]:
 
 
 def _found_device(wanted: Device | None) -> tuple[str, str, float | None]:
-    if wanted:
-        jax.config.update("jax_platforms", {"cpu": "cpu", "gpu": "cuda"}[wanted])
     try:
-        device = jax.devices()[0]
+        device = jax.devices(wanted)[0]
     except RuntimeError as error:
         raise RuntimeError(
             f"JAX finds no {wanted} ({error}); for a GPU: pip install 'cir_jax[cuda]'"
         ) from None
-    peak = flops.peak()
+    peak = flops.peak() if device.platform == "gpu" else None
     return device.platform, device.device_kind, peak and peak / jax.device_count()
