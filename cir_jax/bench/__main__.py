@@ -1,4 +1,4 @@
-"""`python -m cir_jax.bench encode|train|load|rank`: speed beside a peer, on this machine."""
+"""`python -m cir_jax.bench encode|train|load|rank|step`: speed beside a peer, on this machine."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
