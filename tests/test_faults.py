@@ -28,6 +28,7 @@ import cir_jax
 from cir_jax import checkpoint, files, flops, sharding, stopping, typed
 from cir_jax.config import Data, Experiment, Mesh, Optim, Train
 from cir_jax.data import emoji
+from cir_jax.data.augment import Changes
 from cir_jax.data.emoji import VOCABULARY
 from cir_jax.data.images import ImageSpec
 from cir_jax.data.inputs import Inputs
@@ -412,7 +413,7 @@ class Damaged:
 
 def damaged_batches(count=20, bad=(2, 3, 11), **options):
     inputs = dataclasses.replace(INPUTS, image=ImageSpec(size=8))
-    options = {"batch_size": 4, "seed": 1, "augmented": False} | options
+    options = {"batch_size": 4, "seed": 1, "changes": Changes(False)} | options
     return train_batches([Damaged(count, bad)], [1], inputs, **options)
 
 
@@ -521,6 +522,7 @@ def test_operations_count_every_turn_of_a_loop():
     assert flops.count(shared, jnp.ones((8, 4))) == 4 * (2 * 2 * 4 * 2 + 2 * 2 * 2 * 4)
 
 
+@pytest.mark.slow
 def test_utilisation_takes_the_operations_of_the_model_where_a_peak_is_known(
     experiment, monkeypatch
 ):

@@ -126,7 +126,7 @@ class _Prepared:
 def fault(dataset: Dataset, row: int, inputs: Inputs) -> str | None:
     """Why a training pair cannot be read, in words; None if it can."""
     try:
-        _examples([dataset[row]], np.random.default_rng(0), inputs, Changes(augment=False))
+        _examples([dataset[row]], np.random.default_rng(0), inputs, Changes(False))
     except (ValueError, OSError) as error:
         return str(error)
     return None

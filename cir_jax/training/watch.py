@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from cir_jax import checkpoint, files, flops, memory, processes
 from cir_jax.config import Experiment
@@ -179,15 +178,14 @@ def _of_all_processes(steps: list[Mapping[str, np.ndarray]]) -> list[dict[str, n
     """The rows of whole batches, in every process."""
     names = list(steps[0])
     mine = np.array([[step[name] for name in names] for step in steps])
-    if jax.process_count() > 1:
-        mine = np.concatenate(multihost_utils.process_allgather(mine), axis=-1)
-    return [dict(zip(names, step)) for step in mine]
+    parts = [part["rows"] for part in processes.gather({"rows": mine})]
+    return [dict(zip(names, step)) for step in np.concatenate(parts, axis=-1)]
 
 
 def _told(value) -> object:
     """A raw example as JSON: texts, numbers and paths as they are, of pictures in memory their size."""
     if isinstance(value, Mapping):
-        return {name: _told(part) for name, part in value.items()}
+        return {name: _told(part) for name, part in value.items() if not callable(part)}
     if isinstance(value, list | tuple):
         return [_told(part) for part in value]
     if isinstance(value, bytes):
@@ -200,7 +198,7 @@ def _told(value) -> object:
 def operations(config: Experiment, abstract) -> Callable[[Mapping], int] | None:
     """A function from a batch to the floating-point operations of a step of the model (`flops.count`).
 
-    Without rematerialisation, whose work is none of the model's. None where the devices' peak is not known.
+    Without rematerialisation and chunks, whose work is none of the model's. None where the devices' peak is not known.
     """
     if not flops.peak():
         return None
