@@ -283,6 +283,7 @@ def test_a_search_is_printed_once(embedded, tmp_path):
     assert one.stdout.count(".png") == 90
 
 
+QUICKLY = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # compiling is most of their time
 TRAINING = """
 from cir_jax.config import Data, Experiment, Mesh, Optim, Train
 from cir_jax.data.emoji import VOCABULARY
@@ -308,7 +309,7 @@ def trained(tmp_path_factory) -> Path:
     """A folder with a training file, and the run of one process."""
     folder = tmp_path_factory.mktemp("runs")
     (folder / "tiny.py").write_text(TRAINING)
-    together(1, "cir_jax.train", folder / "tiny.py", "--workdir", folder / "one")
+    together(1, "cir_jax.train", folder / "tiny.py", "--workdir", folder / "one", **QUICKLY)
     return folder
 
 
@@ -317,7 +318,7 @@ def trained(tmp_path_factory) -> Path:
 def test_parameters_shared_among_processes_train_like_one(count, fsdp, trained, tmp_path):
     """Processes of one device each, so that an axis of the mesh spans processes."""
     command = ("cir_jax.train", trained / "tiny.py", "--workdir", tmp_path, "--mesh.fsdp", fsdp)
-    done = together(count, *command)
+    done = together(count, *command, **QUICKLY)
     assert done.stdout.count("the best model is") == 1
     one, several = losses(trained / "one"), losses(tmp_path)
     assert one.keys() == several.keys() == {*range(1, 7)}
