@@ -232,7 +232,7 @@ def test_an_interrupted_embedding_continues(made, pictures, tmp_path, capsys):
         (["cir_jax.embed", "emoji_txt", "{pictures}", "{made}/new"], "emoji_text"),
         (["cir_jax.embed", "emoji_text", "{made}/nothing", "{made}/new"], "nothing"),
         (["cir_jax.embed", "emoji_text", "{pictures}", "{made}/strict", "--strict"], "broken.png"),
-        (["cir_jax.eval", "emojis"], "there are emoji"),
+        (["cir_jax.eval", "emojis"], "no packaged config is named 'emojis'; there are "),
         (["cir_jax.train", "--workdir", "x"], "config"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,

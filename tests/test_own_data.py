@@ -609,7 +609,7 @@ def test_a_run_from_before_there_were_limits_continues(start, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(stored))
     prepare_workdir(config, tmp_path)
     few = dataclasses.replace(config, train=dataclasses.replace(config.train, limit=5))
-    with pytest.raises(ValueError, match=r"different: train.limit\)"):
+    with pytest.raises(ValueError, match=r"different: train.limit 0, now 5\)"):
         prepare_workdir(few, tmp_path)
 
 

@@ -644,7 +644,8 @@ def test_programs_compiled_once_are_found_again_in_a_private_folder(strange_inde
     assert kept and all(not path.stat().st_mode & 0o077 for path in folder.iterdir())
     again = run(*command)
     assert again.stdout == first.stdout
-    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*-cache")} == kept
+    # A program that compiles too quickly to be kept may take longer the next time, and is then kept as well.
+    assert kept.items() <= {p: p.stat().st_mtime_ns for p in folder.rglob("*-cache")}.items()
 
 
 @pytest.mark.parametrize("way", ["none", "writable", "file"])
