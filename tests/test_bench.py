@@ -89,6 +89,7 @@ def small(monkeypatch):
     monkeypatch.setitem(encode.FAMILIES, "clip-text", kind)
 
 
+@pytest.mark.slow
 def test_a_training_step_moves_every_parameter_down(small):
     batch = encode.examples("clip-text", 4)
     assert (batch["text"].argmax(axis=1) == 5).all() and batch["text"].max() == 49
@@ -176,6 +177,7 @@ def step():
     return train.Ours(config, batch)
 
 
+@pytest.mark.slow
 def test_a_measured_step_learns(step):
     losses = []
     for _ in range(3):
@@ -184,6 +186,7 @@ def test_a_measured_step_learns(step):
     assert losses[2] < losses[1] < losses[0]
 
 
+@pytest.mark.slow
 def test_the_time_of_a_step_is_shared_among_products_attention_optimizer_and_rest(step):
     program = step._step.as_text()
     known, loops = shares.kinds(program), re.findall(r"%?([\w.]+) = .* while\(", program)
