@@ -340,7 +340,7 @@ class TrainingStates:
     def _refuse_others(self, step: int, abstract) -> None:
         stored = self.manager.item_metadata(step)
         there = {name: stored[name].tree for name in ("params", "opt")}
-        if self.frozen.is_dir():
+        if self.frozen.is_dir() and jax.tree.leaves(abstract["frozen"]):
             with _alone() as reader:
                 there["frozen"] = reader.metadata(self.frozen).item_metadata.tree
         found, wanted = _shapes(there), _shapes(abstract)

@@ -88,4 +88,9 @@ def gather(tree):
     """The whole arrays of a tree as numpy, in every process."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
-    return multihost_utils.process_allgather(tree, tiled=True)
+    return jax.tree.map(
+        lambda x: (
+            multihost_utils.process_allgather(x, tiled=True) if isinstance(x, jax.Array) else x
+        ),
+        tree,
+    )

@@ -120,6 +120,9 @@ def _train(config: Experiment, workdir: Path, accept_changes, tensorboard, profi
                         states.save(done, state)
                 if due(config.train.eval_every, done, steps):
                     watch.look()
+                    if processes.joined() and states.latest() < done:
+                        with unstopped():  # several processes cannot stop while they evaluate
+                            states.save(done, state)
                     log(done, best.consider(state, done))
                     watch.restart(done)
                 advance(1)
@@ -252,7 +255,7 @@ def parse(argv: list[str] | None) -> tuple[Experiment, Arguments]:
         pass
 
     fields = {field: getattr(config, field) for field in Experiment.__dataclass_fields__}
-    dry = "--dry-run" in argv  # then no folder is needed
+    dry = bool({"--dry-run", "--dry_run"} & {*argv})  # then no folder is needed
     default = Given(**fields, dry_run=dry, workdir=None if dry else tyro.MISSING)
     prog = f"python -m cir_jax.train {argv[0]}"
     about = f"{Arguments.__doc__}\n{Experiment.__doc__}"

@@ -16,6 +16,7 @@ for ((i = 0; i < processes; i++)); do
 done
 trap 'kill -KILL "${pids[@]}" 2>/dev/null || true; wait' EXIT
 trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' TERM
+trap : INT  # Ctrl-C reaches every process by itself; here they are waited for
 
 status=0
 # Sets `number` and `status` to those of the first process that has failed.

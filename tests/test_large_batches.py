@@ -16,7 +16,7 @@ from flax import nnx
 from test_methods import INPUTS, drawn, training_batch
 
 from cir_jax import large_batches, losses, sharding
-from cir_jax.config import Data
+from cir_jax.config import Data, Mesh
 from cir_jax.methods import METHODS
 from cir_jax.methods.clip import ClipConfig
 from cir_jax.training import dry_run
@@ -170,6 +170,10 @@ def test_batches_that_cannot_be_cut_are_refused(tiny_experiment):
     check(chunks=2), check(accumulate=2)
     with pytest.raises(ValueError, match=r"8 does not divide by 4 .* times chunks 4; use 16"):
         check(chunks=4)
+    split = dataclasses.replace(tiny_experiment, mesh=Mesh(tensor=2))
+    split = dataclasses.replace(split, train=dataclasses.replace(train, chunks=2))
+    with pytest.raises(ValueError, match=r"set mesh\.tensor to 1"):
+        check_batch(split, sharding.make_mesh(tensor=2))
     with pytest.raises(ValueError, match="rows of a block are to meet"):
         check(data=(Data("emoji-text", block=2),), accumulate=2)
 

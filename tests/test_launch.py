@@ -20,13 +20,13 @@ SCRIPTS = ["local.sh", "gpu_node.sh", "slurm.sbatch", "tpu_pod.sh"]
 # What a task does: it tells its variables, then ends as it is told.
 TASK = 'env | grep -E "^(CIR_JAX|JAX|XLA)" > "$ROOM/task$CIR_JAX_PROCESS"; '
 FAKES = {
-    # Tasks at once, a signal passed on to all of them, and the highest code: as srun does it.
+    # Tasks at once, and the highest code; told to end, it kills them: as srun does it.
     "srun": """
 echo "$*" >> "$ROOM/srun"
 while [[ $1 == --* ]]; do shift; done
 pids=()
 for ((i = 0; i < SLURM_NTASKS; i++)); do SLURM_PROCID=$i "$@" & pids+=($!); done
-trap 'kill -TERM "${pids[@]}"' TERM
+trap 'kill -KILL "${pids[@]}"' TERM
 worst=0
 for pid in "${pids[@]}"; do
   while kill -0 "$pid" 2>/dev/null; do wait "$pid"; done
@@ -124,6 +124,23 @@ def test_local_processes_that_are_terminated_may_save(room):
     assert {path.name for path in room.glob("saved*")} == {"saved0", "saved1"}
 
 
+def test_ctrl_c_waits_for_the_local_processes_to_save(room):
+    task = (
+        "import os, pathlib, signal, sys, time\n"
+        "place = lambda name: pathlib.Path(os.environ['ROOM'], name + os.environ['CIR_JAX_PROCESS'])\n"
+        "def save(*_):\n    time.sleep(0.5)\n    place('saved').touch()\n    sys.exit(130)\n"
+        "signal.signal(signal.SIGINT, save)\n"
+        "place('up').touch()\n"
+        "while True: time.sleep(0.05)"
+    )
+    command = [LAUNCH / "local.sh", "2", "python3", "-c", task]
+    process = subprocess.Popen(command, start_new_session=True)
+    until(lambda: len([*room.glob("up*")]) == 2)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    assert process.wait(20) == commands.INTERRUPTED
+    assert {path.name for path in room.glob("saved*")} == {"saved0", "saved1"}
+
+
 def until(true, seconds=20):
     start = time.monotonic()
     while not true():
@@ -188,22 +205,23 @@ def test_slurm_requeues_what_the_same_command_continues(code, restarts, again, r
     assert requeued(room) == (["requeue 40417"] if again else [])
 
 
-def test_slurm_passes_the_signal_before_the_end_on_and_requeues(room):
-    wait = "touch $ROOM/up$CIR_JAX_PROCESS; while :; do sleep 0.05; done"
+def test_a_signal_of_slurm_before_the_end_saves_and_requeues(room):
+    wait = "echo $$ > $ROOM/up$CIR_JAX_PROCESS; while :; do sleep 0.05; done"
     task = f"trap 'sleep 0.3; touch $ROOM/saved$CIR_JAX_PROCESS; exit 143' TERM; {wait}"
     command = [LAUNCH / "slurm.sbatch", "bash", "-c", task]
     process = subprocess.Popen(command, env={**os.environ, **JOB})
-    until(lambda: len([*room.glob("up*")]) == 2)
-    process.send_signal(signal.SIGTERM)
+    until(lambda: sum(bool(path.read_text()) for path in room.glob("up*")) == 2)
+    for task in room.glob("up*"):  # SLURM signals the tasks
+        os.kill(int(task.read_text()), signal.SIGTERM)
     assert process.wait(20) == commands.TERMINATED
     assert len([*room.glob("saved*")]) == 2
     assert requeued(room) == ["requeue 40417"]
 
 
-def test_slurm_is_told_to_signal_the_script_and_to_keep_the_job():
+def test_slurm_is_told_to_signal_the_tasks_and_to_keep_the_job():
     text = (LAUNCH / "slurm.sbatch").read_text()
     options = [line.split()[1] for line in text.splitlines() if line.startswith("#SBATCH")]
-    assert {"--signal=B:TERM@600", "--requeue", "--ntasks-per-node=1"} <= {*options}
+    assert {"--signal=TERM@600", "--requeue", "--ntasks-per-node=1"} <= {*options}
 
 
 # ---- TPU ----

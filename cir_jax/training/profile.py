@@ -13,8 +13,8 @@ class Profile:
         self.first, self.last = steps_of(span)
 
     def before(self, step: int) -> None:
-        """Begin, if this step is the first to be traced."""
-        if step == self.first:
+        """Begin, if this step is the first to be traced, or a run goes on among those."""
+        if not self.running and self.first <= step <= self.last:
             import jax
 
             jax.profiler.start_trace(self.folder)

@@ -82,6 +82,7 @@ class Watch:
         """Remember a step that is under way."""
         self.steps.append(Step(step, metrics, rows))
         if step == self.first + 1:  # the time until here went into compiling
+            jax.block_until_ready(metrics["loss"])
             self.restart(step)
 
     def look(self) -> Mapping[str, float]:

@@ -15,7 +15,7 @@ def prepare_workdir(config: Experiment, workdir: Path, accept_changes: bool = Fa
     check_workdir(config, workdir, accept_changes)
     workdir.mkdir(parents=True, exist_ok=True)
     check_tables(config, workdir / "tables.json")
-    if not (workdir / "config.json").exists():
+    if processes.first() and not (workdir / "config.json").exists():
         files.write_json(workdir / "config.json", portable(config))
 
 
@@ -65,7 +65,7 @@ def refuse_changes(stored, config: Experiment, place: str, accept: bool) -> list
 def remove_leftovers(workdir: Path) -> None:
     """Remove what a run left that was killed while it wrote."""
     for leftover in [*workdir.glob(f"{files.TEMPORARY}*"), *workdir.glob("frozen.orbax-*")]:
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 
 def check_tables(config: Experiment, path: Path) -> None:
@@ -83,7 +83,7 @@ def check_tables(config: Experiment, path: Path) -> None:
         raise ValueError(
             f"{path.parent} was begun with other contents of {', '.join(changed)}; choose another --workdir"
         )
-    if before != sums:
+    if processes.first() and before != sums:
         files.write_json(path, sums)
 
 
