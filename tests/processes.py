@@ -95,7 +95,9 @@ def run(
         with _watched(pid, timeout, stop):
             code = int(server.stdout.readline())
         done = subprocess.CompletedProcess([name, *arguments], code)
-        done.stdout, done.stderr = out.read_bytes(), err.read_bytes()
+        # A process that was killed as soon as it was made has opened neither.
+        said = [path.read_bytes() if path.exists() else b"" for path in (out, err)]
+        done.stdout, done.stderr = said
         return done
 
 
