@@ -119,7 +119,7 @@ def test_both_sides_train_alike(method):
         losses.append((ours.value, float(theirs.value)))
     found, expected = np.array(losses).T
     np.testing.assert_allclose(found, expected, rtol=1e-4)
-    assert np.ptp(expected) > 0.05
+    assert np.ptp(expected) > 0.01  # a hundred times what may differ
 
 
 @pytest.mark.parametrize("method", bench.METHODS)

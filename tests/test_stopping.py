@@ -251,7 +251,11 @@ def test_a_stop_during_imports_is_no_crash(number, tmp_path):
     """Libraries that are broken up while they are imported end the process with a segmentation fault, now and then."""
     for seconds in (0.3, 0.5, 0.7, 0.9, 1.2, 1.5):
         command = [sys.executable, "-m", "cir_jax.eval", "emoji", "--output", str(tmp_path / "r")]
-        running = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        # A shell lets what it runs in the background ignore SIGINT.
+        heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+        running = subprocess.Popen(
+            command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, preexec_fn=heed
+        )
         time.sleep(seconds)
         running.send_signal(number)
         said = running.communicate(timeout=100)[1].decode()

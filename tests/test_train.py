@@ -149,7 +149,7 @@ def test_the_best_of_many_evaluations_is_kept(tiny_experiment, tmp_path, monkeyp
     from cir_jax.training.step import make_init
 
     scores = iter([0.3, 0.2, 0.4, 0.1])
-    measure = lambda model, name, retriever, work: {"recall@10": next(scores)}
+    measure = lambda model, name, retriever, k, work: {"recall@10": next(scores)}
     monkeypatch.setattr("cir_jax.training.best.measure", measure)
     graph, _ = checkpoint.abstract_params(tiny_experiment.method)
     init = make_init(tiny_experiment, optim.optimizer(tiny_experiment.optim, 8))
