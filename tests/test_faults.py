@@ -494,6 +494,18 @@ def test_a_profile_leaves_a_trace(undisturbed):
     assert list((undisturbed / "profile").rglob("*.xplane.pb"))
 
 
+def test_a_run_that_goes_on_within_the_span_is_traced(tmp_path, monkeypatch):
+    from cir_jax.training.profile import Profile
+
+    calls = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append("start"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
+    trace = Profile(tmp_path, "3:6")
+    for step in (5, 6, 7):
+        trace.before(step), trace.after(step, ())
+    assert calls == ["start", "stop"]
+
+
 @pytest.mark.parametrize("span", ["10", "20:10", "0:5", "a:b", "1:2:3"])
 def test_a_span_that_is_none_is_refused(span):
     from cir_jax.training.profile import steps_of

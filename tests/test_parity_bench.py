@@ -108,7 +108,8 @@ def test_both_sides_train_alike(method):
     batch = train.batch(SMALL[method], 4)
     ours, theirs = train.Ours(experiment, batch), peer(experiment, batch)
     assert ours.parameters == theirs.parameters
-    shaken = lambda x: x + 0.1 * np.random.default_rng(x.size).standard_normal(x.shape, np.float32)
+    size = 0.2 if method == "blip_rerank" else 0.1  # so that the loss of each moves
+    shaken = lambda x: x + size * np.random.default_rng(x.size).standard_normal(x.shape, np.float32)
     parts = {part: jax.tree.map(shaken, ours.state[part]) for part in ("params", "frozen")}
     ours.state |= jax.device_put(parts)
     names = their_names(method, optim.join(parts["params"], parts["frozen"]))
@@ -119,7 +120,7 @@ def test_both_sides_train_alike(method):
         losses.append((ours.value, float(theirs.value)))
     found, expected = np.array(losses).T
     np.testing.assert_allclose(found, expected, rtol=1e-4)
-    assert np.ptp(expected) > 0.01  # a hundred times what may differ
+    assert np.ptp(expected) > 0.05
 
 
 @pytest.mark.parametrize("method", bench.METHODS)
