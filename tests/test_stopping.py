@@ -245,16 +245,24 @@ def test_training_on_a_full_disk_ends_in_one_line_and_goes_on_when_there_is_room
     assert again.returncode == 0 and (workdir / "model").is_dir(), again.stderr.decode()
 
 
+# A shell lets what it runs in the background ignore SIGINT, and so does all that is started from there.
+HEEDING = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", STOPS)
 def test_a_stop_during_imports_is_no_crash(number, tmp_path):
     """Libraries that are broken up while they are imported end the process with a segmentation fault, now and then."""
     for seconds in (0.3, 0.5, 0.7, 0.9, 1.2, 1.5):
         command = [sys.executable, "-m", "cir_jax.eval", "emoji", "--output", str(tmp_path / "r")]
-        # A shell lets what it runs in the background ignore SIGINT.
-        heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
         running = subprocess.Popen(
-            command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, preexec_fn=heed
+            [sys.executable, "-c", HEEDING, *command],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
         )
         time.sleep(seconds)
         running.send_signal(number)
