@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cir_jax.sharding import BATCH, batch_devices, replicated
+from cir_jax.sharding import BATCH, path_name, spec
 
 ROWS = BATCH[0]  # the axes of the mesh over which the rows of a batch are spread
 
@@ -80,11 +80,11 @@ def in_chunks(
     way = _way()
     way.used.add("chunks")
     if way.chunks == 1:
-        return spread(encode(rows, key))
+        return encode(rows, key)
     keys = None if key is None else jax.random.split(key, way.chunks)
     parts = cut(rows, way.chunks, way.mesh)
     made = jax.lax.map(lambda part: jax.checkpoint(encode)(*part), (parts, keys))
-    return spread(jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), made))
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), made)
 
 
 def cut(rows: Any, parts: int, mesh: Mesh | None = None) -> Any:
@@ -102,29 +102,26 @@ def cut(rows: Any, parts: int, mesh: Mesh | None = None) -> Any:
     return jax.tree.map(one, rows)
 
 
-def spread(rows: Any) -> Any:
-    """A tree of `[N, …]` whose rows are spread over the devices as those of the batch are; for what enters a layer.
+def gathered(params: Any) -> Any:
+    """Parameters of a layer, or a tree of them, put together over the axis `fsdp`; what `tensor` cuts stays cut.
 
-    Without it the compiler may spread columns instead, where the parameters of the layer are (`fsdp`), and send the
-    activations around in place of the parameters. With an axis `tensor` the choice stays the compiler's.
+    So parameters come to the rows of a batch, which stay where they are. Left to the compiler, activations may travel
+    instead, and on a mesh of 2 x 2 x 2 XLA (jax 0.10.2) computes wrong gradients where `fsdp` cuts rows and columns of
+    one product and `tensor` cuts a third dimension. Stacks of layers are left alone: `cir_jax.encoders.layers.run` gathers
+    a layer when its turn has come.
     """
     mesh = _way().mesh
-    # XLA (jax 0.10.2) computes wrong numbers from both together: BLIP's two branches on a mesh of 2 x 2 x 2.
-    if mesh is None or mesh.shape["tensor"] > 1:
-        return rows
-    place = NamedSharding(mesh, BATCH)
-    fits = lambda x: len(x) % batch_devices(mesh) == 0
-    one = lambda x: jax.lax.with_sharding_constraint(x, place) if fits(x) else x
-    return jax.tree.map(one, rows)
+    if mesh is None:
+        return params
 
+    def one(path, x):
+        name = path_name(path).removesuffix("/value")  # as leaves of modules are called
+        if "blocks" in name.split("/"):
+            return x
+        kept = (axis if axis == "tensor" else None for axis in spec("/" + name, x.shape, mesh))
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*kept)))
 
-def whole(table: jax.Array) -> jax.Array:
-    """A table of parameters, the same on every device, for looking rows of a batch up in it.
-
-    Without it the compiler may look all rows of the batch up on every device, in the columns of the table that are there.
-    """
-    mesh = _way().mesh
-    return table if mesh is None else jax.lax.with_sharding_constraint(table, replicated(mesh))
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def rings() -> bool:

@@ -1,4 +1,7 @@
-"""The losses of a method on meshes of eight devices, as JSON; run by `test_large_batches.py` as a process of its own."""
+"""The losses of a method on meshes of eight devices, as JSON; run by `test_large_batches.py` as a process of its own.
+
+python tests/eight_devices.py METHOD [CHUNKS [MESH ...]]
+"""
 
 import json
 import re
@@ -6,41 +9,33 @@ import sys
 
 import jax
 import numpy as np
-from flax import nnx
 from test_methods import INPUTS, drawn, training_batch
 
-from cir_jax import large_batches, sharding
+from cir_jax import sharding
 from cir_jax.config import Experiment, Optim, Train
 from cir_jax.methods import METHODS
 from cir_jax.training import optim
 from cir_jax.training.step import program
 
 MESHES = {"8x1x1": (1, 1), "1x8x1": (8, 1), "4x2x1": (2, 1), "2x2x2": (2, 2)}
-TRAINED = (
-    "alone",
-    "8x1x1",
-    "2x2x2",
-)  # of the others only the first loss: compiling takes all the time
 STEPS = 3
 
 
-def losses(name, shape, mesh) -> tuple[list[float], list[str]]:
+def losses(name, chunks, mesh) -> tuple[list[float], list[str]]:
     """Of the first steps of a training, from parameters that do not depend on the mesh, and what it gathers.
 
     The latter are shapes of arrays that are put together from parts and have that of a parameter, or of a layer of it.
     """
-    config = Experiment(METHODS[name][0].tiny(INPUTS), (), Train(STEPS, 8), Optim(lr=1e-3))
+    train = Train(STEPS, 8, chunks=chunks)
+    config = Experiment(METHODS[name][0].tiny(INPUTS), (), train, Optim(lr=1e-3))
     params, made = drawn(config.method).params, program(config, mesh)
     opt = optim.optimizer(config.optim, STEPS).init(params)
     state = {"params": params, "frozen": {}, "opt": opt}
     state = jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), state, made.state)
     batch = sharding.put_batch(training_batch(name), mesh)
-    if shape in TRAINED:
-        step = made.step.lower(state, batch, np.int32(0)).compile()
-    else:
-        step = jax.jit(first_loss(made.graph, mesh)).lower(state, batch, np.int32(0)).compile()
+    step = made.step.lower(state, batch, np.int32(0)).compile()
     values = []
-    for number in range(STEPS if shape in TRAINED else 1):
+    for number in range(STEPS):
         state, metrics = step(state, batch, np.int32(number))
         values.append(float(metrics["loss"]))
     whole = [list(part) for x in jax.tree.leaves(params) for part in (x.shape, x.shape[1:])]
@@ -49,21 +44,11 @@ def losses(name, shape, mesh) -> tuple[list[float], list[str]]:
     return values, [str(shape) for shape in shapes if len(shape) > 1 and shape in whole]
 
 
-def first_loss(graph, mesh):
-    """The step without gradients."""
-
-    def step(state, batch, number):
-        key = jax.random.fold_in(jax.random.key(0), number)
-        with large_batches.computed(mesh=mesh):
-            return state, {"loss": nnx.merge(graph, state["params"]).loss(batch, key)[0]}
-
-    return step
-
-
 if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_default_matmul_precision", "highest")
     jax.config.update("jax_disable_most_optimizations", True)
+    name, chunks, shapes = sys.argv[1], int(sys.argv[2] if sys.argv[2:] else 1), sys.argv[3:]
     meshes = {"alone": sharding.make_mesh(devices=jax.devices()[:1])}
-    meshes |= {shape: sharding.make_mesh(*sizes) for shape, sizes in MESHES.items()}
-    print(json.dumps({shape: losses(sys.argv[1], shape, mesh) for shape, mesh in meshes.items()}))
+    meshes |= {shape: sharding.make_mesh(*MESHES[shape]) for shape in shapes or MESHES}
+    print(json.dumps({shape: losses(name, chunks, mesh) for shape, mesh in meshes.items()}))

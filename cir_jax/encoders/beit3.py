@@ -26,7 +26,6 @@ from cir_jax.encoders.layers import (
     dropout,
     layer_keys,
     layer_norm,
-    look_up,
     normal,
     patches,
     product,
@@ -267,7 +266,7 @@ class TextTower(nnx.Module):
 
     def embed(self, ids: jax.Array, mask: jax.Array) -> jax.Array:
         """`[B, L, D]` with positions; padding is zero."""
-        return jnp.where(mask[:, :, None], self.expert.placed(look_up(self.embedding[...], ids)), 0)
+        return jnp.where(mask[:, :, None], self.expert.placed(self.embedding[...][ids]), 0)
 
     def tokens(self, ids, mask, key=None) -> jax.Array:
         """`[B, L, D]`; states at padding are computed, but mean nothing."""

@@ -18,14 +18,13 @@ from cir_jax.encoders.layers import (
     dropout,
     layer_keys,
     layer_norm,
-    look_up,
     normal,
     run,
     run_to_first,
     stack,
     subkey,
 )
-from cir_jax.large_batches import spread
+from cir_jax.large_batches import gathered
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class Embeddings(nnx.Module):
             raise ValueError(
                 f"a text of {length} tokens does not fit {limit} positions; set inputs.text.length"
             )
-        x = look_up(self.embedding[...], ids) + self.positions[...][:length]
+        x = self.embedding[...][ids] + self.positions[...][:length]
         x = x if self.types is None else x + self.types[...][0]
         return dropout(self.ln(x), self.dropout, key)
 
@@ -178,7 +177,7 @@ class Bert(nnx.Module):
         x, (mask, _) = self.embeddings(ids, subkey(key, 0)), self._context(mask, None)
 
         def step(x, layer):
-            x = layer[0](spread(x), mask, None, layer[1])
+            x = gathered(layer[0])(x, mask, None, layer[1])
             return x, x[:, :1] if first else x
 
         step = jax.checkpoint(step) if self.remat else step

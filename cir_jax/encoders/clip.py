@@ -17,7 +17,6 @@ from cir_jax.encoders.layers import (
     Linear,
     Mlp,
     layer_norm,
-    look_up,
     normal,
     patches,
     product,
@@ -155,7 +154,7 @@ class ClipText(nnx.Module):
         No place sees those of the id `hidden`.
         """
         length = ids.shape[1]
-        words = look_up(self.embedding[...], ids) if words is None else words
+        words = self.embedding[...][ids] if words is None else words
         x = words + self.positions[...][:length]
         seen = jnp.tril(jnp.ones((length, length), bool))
         if hidden is not None:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from cir_jax.large_batches import spread, whole
+from cir_jax.large_batches import gathered
 
 Activation = Literal["quick_gelu", "gelu", "relu"]
 Dtype = Literal["float32", "bfloat16"]
@@ -89,11 +89,6 @@ def base_std(width: int) -> float:
 def layer_norm(width: int, rngs: nnx.Rngs, epsilon: float = 1e-5) -> nnx.LayerNorm:
     """Flax's defaults for epsilon and variance differ from PyTorch's; both are set here, once."""
     return nnx.LayerNorm(width, epsilon=epsilon, use_fast_variance=False, rngs=rngs)
-
-
-def look_up(table: jax.Array, ids: jax.Array) -> jax.Array:
-    """Rows of a table `[V, width]`: `[…, width]`."""
-    return whole(table)[ids]
 
 
 class Linear(nnx.Module):
@@ -211,7 +206,7 @@ def run(blocks, x, *args, each: tuple = (), remat: bool = True):
       args: passed to every block.
       each: trees with a leading layer axis; block i gets their slices i behind `args` (None stays None).
     """
-    step = lambda x, layer: (layer[0](spread(x), *args, *layer[1]), None)
+    step = lambda x, layer: (gathered(layer[0])(x, *args, *layer[1]), None)
     return jax.lax.scan(jax.checkpoint(step) if remat else step, x, (blocks, each))[0]
 
 
@@ -220,8 +215,8 @@ def run_to_first(blocks, x, *args, each: tuple = (), remat: bool = True):
     part = lambda index: jax.tree.map(lambda leaf: leaf[index], (blocks, each))
     body, before = part(slice(None, -1))
     last, rest = part(-1)
-    x = spread(run(body, x, *args, each=before, remat=remat))
-    return last(x, *args, *rest, first=True)
+    x = run(body, x, *args, each=before, remat=remat)
+    return gathered(last)(x, *args, *rest, first=True)
 
 
 def layer_keys(key: jax.Array | None, layers: int) -> jax.Array | None:

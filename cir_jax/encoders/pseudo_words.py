@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from cir_jax.encoders.clip import ClipText
-from cir_jax.encoders.layers import ACTIVATIONS, Activation, Linear, dropout, look_up, subkey
+from cir_jax.encoders.layers import ACTIVATIONS, Activation, Linear, dropout, subkey
 
 
 class Part(NamedTuple):
@@ -130,7 +130,7 @@ def read(tower: ClipText, prompt: Prompt, tokens: jax.Array) -> jax.Array:
     """
     ids, slots = (jnp.broadcast_to(x, (len(tokens), x.shape[1])) for x in prompt)
     stand_ins = jnp.take_along_axis(tokens, jnp.maximum(slots, 0)[..., None], axis=1)
-    words = jnp.where(slots[..., None] >= 0, stand_ins, look_up(tower.embedding[...], ids))
+    words = jnp.where(slots[..., None] >= 0, stand_ins, tower.embedding[...][ids])
     return tower(ids, words)
 
 

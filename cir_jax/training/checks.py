@@ -103,11 +103,6 @@ def check_batch(config: Experiment, mesh) -> None:
             f"accumulate is {train.accumulate}, but rows of a block are to meet as negatives, and micro-batches take "
             "them apart; set data.block or accumulate to 1 (chunks keep the batch whole)"
         )
-    if config.mesh.tensor > 1 and max(train.accumulate, train.chunks) > 1:
-        raise ValueError(
-            f"mesh tensor={config.mesh.tensor} with chunks {train.chunks} and accumulate {train.accumulate}: XLA was seen to "
-            "compute wrong numbers where rows are placed beside a tensor axis; set mesh.tensor to 1 and raise mesh.fsdp"
-        )
     if jax.local_device_count() % config.mesh.tensor:
         raise ValueError(
             f"mesh tensor={config.mesh.tensor} spans processes of {jax.local_device_count()} devices each; "

@@ -47,7 +47,8 @@ def make_gradients(
 
     def loss(params, frozen, batch, key):
         with large_batches.computed(chunks, ring, mesh):
-            return nnx.merge(graph, optim.join(params, frozen)).loss(batch, key)
+            params = large_batches.gathered(optim.join(params, frozen))
+            return nnx.merge(graph, params).loss(batch, key)
 
     slopes = jax.value_and_grad(loss, has_aux=True)
     if accumulate == 1:
