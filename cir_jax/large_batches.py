@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cir_jax.sharding import BATCH, path_name, spec
+from cir_jax.sharding import BATCH, path_name, spec, stacked
 
 ROWS = BATCH[0]  # the axes of the mesh over which the rows of a batch are spread
 
@@ -107,8 +107,8 @@ def gathered(params: Any) -> Any:
 
     So parameters come to the rows of a batch, which stay where they are. Left to the compiler, activations may travel
     instead, and on a mesh of 2 x 2 x 2 XLA (jax 0.10.2) computes wrong gradients where `fsdp` cuts rows and columns of
-    one product and `tensor` cuts a third dimension. Stacks of layers are left alone: `cir_jax.encoders.layers.run` gathers
-    a layer when its turn has come.
+    one product and `tensor` cuts a third dimension. Stacks of blocks are left alone: `cir_jax.encoders.layers.run` gathers
+    a block when its turn has come.
     """
     mesh = _way().mesh
     if mesh is None:
@@ -116,7 +116,7 @@ def gathered(params: Any) -> Any:
 
     def one(path, x):
         name = path_name(path).removesuffix("/value")  # as leaves of modules are called
-        if "blocks" in name.split("/"):
+        if stacked(name):
             return x
         kept = (axis if axis == "tensor" else None for axis in spec("/" + name, x.shape, mesh))
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*kept)))

@@ -46,6 +46,11 @@ def path_name(path) -> str:
     return "/".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path)
 
 
+def stacked(name: str) -> bool:
+    """True if the first axis of a parameter counts blocks (`cir_jax.encoders.layers.stack`)."""
+    return "/blocks/" in f"/{name}"
+
+
 def spec(name: str, shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> P:
     """The partition spec of one parameter; an axis that does not divide its dimension is dropped."""
     rule = next(spec for pattern, spec in RULES if re.fullmatch(pattern, name))

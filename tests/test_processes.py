@@ -211,6 +211,26 @@ def test_a_lost_process_ends_embedding_and_four_go_on(victim, pictures, embedded
 
 
 @pytest.mark.slow
+def test_several_processes_that_are_told_to_stop_keep_what_they_have(pictures, embedded, tmp_path):
+    """SIGTERM to the launcher reaches all; another number of processes goes on."""
+    command = ("cir_jax.embed", "emoji_text", pictures, tmp_path / "v", *EMBED)
+    arguments = [sys.executable, "-m", *map(str, command)]
+    with subprocess.Popen(
+        [LAUNCHER, "2", *arguments], stderr=subprocess.PIPE, text=True
+    ) as running:
+        while not (tmp_path / "v" / "vectors-00001.npy").exists():
+            assert running.poll() is None
+            time.sleep(0.02)
+        running.terminate()
+        said = running.communicate(timeout=60)[1]
+    assert running.returncode == 143 and "Traceback" not in said, said
+    assert "terminated; finished parts are kept" in said
+    assert not json.loads((tmp_path / "v" / "manifest.json").read_text())["complete"]
+    together(1, *command)
+    assert content(tmp_path / "v") == content(embedded)
+
+
+@pytest.mark.slow
 def test_an_error_of_one_process_is_said_once_and_ends_all(pictures, tmp_path):
     command = ("cir_jax.embed", "emoji_text", pictures, tmp_path / "v", *EMBED, "--strict")
     with pytest.raises(AssertionError, match="without --strict it would be skipped"):

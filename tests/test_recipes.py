@@ -141,7 +141,7 @@ def test_moments_and_clipping():
 def test_what_decays():
     for name in NAMES:
         params, config = trained(RECIPES[name]), RECIPES[name].optim
-        matrices = {n for n, x in params.items() if x.ndim - optim.stacked(n) >= 2}
+        matrices = {n for n, x in params.items() if x.ndim - sharding.stacked(n) >= 2}
         everything = name.startswith(("blip", "fti4cir", "searle", "lincir"))
         assert config.decay == ("all" if everything else "matrices")
         kept = {"image/expert/positions"} if "cfir" in name else set()
@@ -154,7 +154,7 @@ def test_344_tensors_of_beit3_do_not_decay():
     config = replace(stage2, method=replace(stage2.method, encoder=BEIT3_BASE))
     params = trained(config)
     spared = params.keys() - decayed(config) - {"image/mask_token"}
-    assert sum(len(params[n]) if optim.stacked(n) else 1 for n in spared) == 344
+    assert sum(len(params[n]) if sharding.stacked(n) else 1 for n in spared) == 344
 
 
 def test_layers_of_beit3_large():
@@ -163,13 +163,13 @@ def test_layers_of_beit3_large():
         traverse_util.unflatten_dict(trained(RECIPES["cfir_stage2"]), sep="/"), 0.65
     )
     flat = traverse_util.flatten_dict(scales, sep="/")
-    inputs = {n for n, x in flat.items() if not optim.stacked(n) and x < 1}
+    inputs = {n for n, x in flat.items() if not sharding.stacked(n) and x < 1}
     assert inputs == {
         *("text/embedding", "text/expert/positions", "image/expert/positions"),
         *("image/class_token", "image/mask_token", "image/patch_kernel", "image/patch_bias"),
     }
     assert all(flat[name] == pytest.approx(2.10e-5, rel=3e-3) for name in inputs)
-    blocks = {n for n in flat if optim.stacked(n)}
+    blocks = {n for n in flat if sharding.stacked(n)}
     assert len(blocks) == 2 * 20
     for name in blocks:
         assert flat[name].ravel()[[0, -1]] == pytest.approx([0.65**24, 0.65])

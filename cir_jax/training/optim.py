@@ -10,6 +10,7 @@ import optax
 from flax import traverse_util
 
 from cir_jax.config import Optim
+from cir_jax.sharding import stacked
 
 # What the first block of a transformer reads.
 INPUTS = r"(.*/)?(embedding|positions|types|class_token|mask_token|patch_kernel|patch_bias|embeddings/.*|ln_pre/.*)"
@@ -108,11 +109,6 @@ def scaled_by_layer(decay: float) -> optax.GradientTransformation:
     return optax.stateless(
         lambda updates, _: jax.tree.map(scale, updates, layer_scales(updates, decay))
     )
-
-
-def stacked(name: str) -> bool:
-    """True if the first axis of a parameter counts blocks."""
-    return "/blocks/" in f"/{name}"
 
 
 def matching(patterns: Sequence[str], names: Sequence[str], field: str) -> set[str]:
