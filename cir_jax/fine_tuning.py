@@ -17,9 +17,9 @@ def fine_tune(model: str, **changes) -> Experiment:
     follows its recipe, where it has one, more carefully:
       lr: a tenth of the recipe's, without one 1e-5: what the model knows is to be bent, not replaced. The warm-up is a
         tenth of the steps, at most 100, because the optimizer knows nothing yet; then half a cosine down to zero.
-      frozen, weight_decay, decay, undecayed: the recipe's. Frozen word vectors stay so, or words that the new data
+      frozen, weight_decay, decay, undecayed, layer_decay, betas, epsilon: the recipe's. Frozen word vectors stay so, or words that the new data
         lacks would be left behind by those it has.
-      augment: the recipe's, without one none: the changes are made for drawings on white, not for photographs.
+      augment, crop, mirror: the recipe's, without one none: `augment` is made for drawings on white, not for photographs.
       log_every, save_every, eval_every: twenty lines, ten measurements. best: "mrr", the steadiest on few queries.
       export_dtype: that of the model.
 
@@ -44,6 +44,7 @@ def fine_tune(model: str, **changes) -> Experiment:
             f"fine_tune: unknown {', '.join(unknown) or 'none'}, missing {', '.join(missing) or 'none'}; there are {known}"
         )
     recipe = manifest["about"].get("experiment", {})
+    taught = recipe.get("train", {})
     steps = changes["train"].steps if "train" in changes else changes["steps"]
     whole = {
         "train": Train(
@@ -52,7 +53,9 @@ def fine_tune(model: str, **changes) -> Experiment:
             log_every=max(1, steps // 20),
             save_every=max(1, steps // 10),
             eval_every=max(1, steps // 10),
-            augment=recipe.get("train", {}).get("augment", False),
+            augment=taught.get("augment", False),
+            crop=tuple(taught["crop"]) if taught.get("crop") else None,
+            mirror=taught.get("mirror", False),
             export_dtype=manifest["dtype"],
         ),
         "optim": _gentler(recipe.get("optim", {}), steps),
@@ -81,11 +84,12 @@ def _finished(model: str):
 
 def _gentler(recipe: Mapping, steps: int) -> Optim:
     """The optimizer to train a model further that a recipe, perhaps an unknown one, has made."""
+    kept = ("weight_decay", "decay", "undecayed", "layer_decay", "betas", "epsilon", "frozen")
+    same = {name: recipe[name] for name in kept if name in recipe}
     return Optim(
         lr=float(f"{recipe['lr'] / 10:.3g}") if "lr" in recipe else 1e-5,
-        weight_decay=recipe.get("weight_decay", Optim.weight_decay),
-        decay=recipe.get("decay", Optim.decay),
-        undecayed=tuple(recipe.get("undecayed", ())),
         warmup=min(100, steps // 10),
-        frozen=tuple(recipe.get("frozen", ())),
+        **{
+            name: tuple(value) if isinstance(value, list) else value for name, value in same.items()
+        },
     )

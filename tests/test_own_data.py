@@ -46,6 +46,7 @@ from cir_jax.training.checks import check_experiment
 from cir_jax.training.step import make_init
 from cir_jax.training.warm_start import warm_start
 from cir_jax.training.workdir import prepare_workdir
+from cir_jax.typed import portable
 from cir_jax.workspace import content_digest
 
 README = Path(__file__).resolve().parents[1] / "README.md"
@@ -634,6 +635,21 @@ def test_what_fine_tuning_takes_over(start, colours):
     assert config.best == "recall@1"
     given = fine_tune(start, data=data, train=Train(7, 4), optim=Optim(lr=1.0), frozen=())
     assert (given.train, given.optim) == (Train(7, 4), Optim(lr=1.0))
+
+
+def test_fine_tuning_keeps_how_a_recipe_trained(tmp_path):
+    ours = {"crop": (0.5, 1.0), "mirror": True, "augment": False}
+    recipe = Experiment(
+        ClipConfig.tiny(INPUTS),
+        (),
+        Train(9, 8, **ours),
+        Optim(betas=(0.8, 0.9), epsilon=1e-6, layer_decay=0.7, undecayed=(".*/positions",)),
+    )
+    model, about = drawn(recipe.method), {"experiment": portable(recipe)}
+    save_model(tmp_path / "m", model.config, model.params, about=about)
+    config = fine_tune(str(tmp_path / "m"), data=(), steps=50, batch_size=4)
+    assert {name: getattr(config.train, name) for name in ours} == ours
+    assert config.optim == dataclasses.replace(recipe.optim, lr=1e-4, warmup=5)
 
 
 @pytest.mark.parametrize(
