@@ -601,15 +601,6 @@ def test_every_parameter_learns_and_the_loss_falls(name):
     assert value < 0.7 * first
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", BLIP_METHODS)
-def test_loss_of_four_devices_equals_one(name):
-    loss, params = pure_loss(made(name))
-    batch = batch_for(name)
-    spread = quick(loss)(params, sharding.put_batch(batch, sharding.make_mesh()))
-    np.testing.assert_allclose(spread, quick(loss)(params, batch), rtol=1e-5)
-
-
 @pytest.mark.parametrize("name", BLIP_METHODS)
 def test_every_product_of_bfloat16_returns_float32(name):
     loss, params = pure_loss(made(name, dtype="bfloat16"))

@@ -28,6 +28,11 @@ INPUTS = Inputs(image=ImageSpec(size=32), text=TextSpec(vocab=str(VOCABULARY), l
 METHODS_OF = {name: pair[1] for name, pair in METHODS.items()}
 SHORT = LENGTHS[0]
 RETRIEVERS = [name for name, method in METHODS_OF.items() if not hasattr(method, "score")]
+# lincir, pic2word and searle are one network; what takes long is left to .ci/run for two of them.
+ALIKE_LATER = [
+    pytest.param(name, marks=pytest.mark.slow if name in ("pic2word", "searle") else ())
+    for name in sorted(METHODS)
+]
 RERANKERS = [name for name, method in METHODS_OF.items() if hasattr(method, "score")]
 
 
@@ -89,22 +94,17 @@ def training_batch(name):
     return batch
 
 
-def loss_of(name):
-    """`params, batch -> loss` of a method, and its initial parameters."""
-    model, key = tiny(name), jax.random.key(0)
-    return jax.jit(lambda p, b: nnx.merge(model.graph, p).loss(b, key)[0]), model.params
-
-
 @functools.cache
 def trained(name, steps=30):
     """The losses of a short training on one batch, and whether every gradient was finite."""
-    loss, params = loss_of(name)
-    batch, tx = training_batch(name), optax.adam(3e-3)
+    model, key = tiny(name), jax.random.key(0)
+    params, batch, tx = model.params, training_batch(name), optax.adam(3e-3)
+    loss = lambda params: nnx.merge(model.graph, params).loss(batch, key)[0]
     opt = tx.init(params)
 
     @jax.jit
     def step(params, opt):
-        value, grads = jax.value_and_grad(loss)(params, batch)
+        value, grads = jax.value_and_grad(loss)(params)
         updates, opt = tx.update(grads, opt)
         finite = jax.tree.reduce(
             jnp.logical_and, jax.tree.map(lambda g: jnp.isfinite(g).all(), grads)
@@ -252,24 +252,11 @@ def test_scores_belong_to_the_candidate_not_to_its_place_or_neighbours(name):
     np.testing.assert_allclose(scores_of(name, others)[:, :2], scores[:, :2], atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ALIKE_LATER)
 def test_gradients_are_finite_and_loss_falls(name):
     losses, finite = trained(name)
     assert finite
     assert min(losses[-3:]) < 0.7 * losses[0]
-
-
-@pytest.mark.slow
-def test_loss_of_four_devices_equals_one(name):
-    """Rows and parameters both spread; the first loss of the training is that of one device."""
-    loss, params = loss_of(name)
-    mesh = sharding.make_mesh(fsdp=2, tensor=2)
-    places = sharding.shardings(params, mesh)
-    spread = jax.device_put(params, places)
-    whole = sum(x.size for x in jax.tree.leaves(params))
-    here = sum(x.addressable_shards[0].data.size for x in jax.tree.leaves(spread))
-    assert here < 0.6 * whole
-    batch = sharding.put_batch(training_batch(name), mesh)
-    np.testing.assert_allclose(loss(spread, batch), trained(name)[0][0], rtol=1e-5)
 
 
 def test_a_saved_model_comes_back_whole(name, tmp_path):
