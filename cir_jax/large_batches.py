@@ -1,7 +1,8 @@
-"""Batches that are too large to be computed in one piece: encoders in chunks, contrastive losses in rings of devices.
+"""Batches too large to be computed in one piece: encoders in chunks, losses in rings, parameters gathered layer by layer.
 
 Methods are written as if there were one device with room for everything. The training step says around their loss how it is
-to be computed (`computed`); what they call here looks it up. Neither changes a loss or its gradient.
+to be computed (`computed`); what they call here looks it up. Neither changes a loss or its gradient. This is all that
+encoders, methods and losses know of devices.
 """
 
 import contextlib

@@ -166,6 +166,7 @@ JOB = {
     "SLURM_JOB_NODELIST": "node[7,9]",
     "SLURM_NTASKS": "2",
     "SLURM_NNODES": "2",
+    "SLURM_CPUS_PER_TASK": "24",
 }
 
 
@@ -181,7 +182,8 @@ def test_slurm_tasks_find_each_other(room):
     assert [each["CIR_JAX_PROCESS"] for each in found] == ["0", "1"]
     assert {each["CIR_JAX_PROCESSES"] for each in found} == {"2"}
     assert {each["CIR_JAX_COORDINATOR"] for each in found} == {"node7:20417"}
-    assert len((room / "srun").read_text().splitlines()) == 1
+    (asked,) = (room / "srun").read_text().splitlines()
+    assert "--kill-on-bad-exit=1" in asked and "--cpus-per-task=24" in asked
     assert not requeued(room)
 
 
