@@ -125,6 +125,17 @@ def gathered(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(one, params)
 
 
+def remembered(step: Callable) -> Callable:
+    """A step of a loop whose activations are kept for the way back; gathered parameters are not, but gathered again."""
+    mesh = _way().mesh
+    if mesh is None or mesh.shape["fsdp"] == 1:
+        return step
+    kept = lambda primitive, *_, **__: (
+        primitive.name != "sharding_constraint"
+    )  # which `gathered` is
+    return jax.checkpoint(step, policy=kept)
+
+
 def rings() -> bool:
     """True where losses are to be computed in a ring."""
     way = _way()

@@ -21,6 +21,7 @@ RULES = (
     (r".*project/kernel", P("fsdp", "tensor")),
     (r".*/(out|down)/kernel", P("tensor", "fsdp")),
     (r".*/embedding", P("tensor", "fsdp")),
+    (r".*/positions", P(None, "fsdp")),
     # channels that come out
     (r".*/((conv\d|stem\d?|shortcut)/kernel|patch_kernel)", P("fsdp")),
     (r".*", P()),

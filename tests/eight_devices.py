@@ -21,12 +21,12 @@ MESHES = {"8x1x1": (1, 1), "1x8x1": (8, 1), "4x2x1": (2, 1), "2x2x2": (2, 2)}
 STEPS = 3
 
 
-def losses(name, chunks, mesh) -> tuple[list[float], list[str]]:
+def losses(name, options, mesh) -> tuple[list[float], list[str]]:
     """Of the first steps of a training, from parameters that do not depend on the mesh, and what it gathers.
 
     The latter are shapes of arrays that are put together from parts and have that of a parameter, or of a layer of it.
     """
-    train = Train(STEPS, 8, chunks=chunks)
+    train = Train(STEPS, 8, **options)
     config = Experiment(METHODS[name][0].tiny(INPUTS), (), train, Optim(lr=1e-3))
     params, made = drawn(config.method).params, program(config, mesh)
     opt = optim.optimizer(config.optim, STEPS).init(params)
@@ -47,8 +47,11 @@ def losses(name, chunks, mesh) -> tuple[list[float], list[str]]:
 if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_default_matmul_precision", "highest")
-    jax.config.update("jax_disable_most_optimizations", True)
-    name, chunks, shapes = sys.argv[1], int(sys.argv[2] if sys.argv[2:] else 1), sys.argv[3:]
+    name, options, *shapes = sys.argv[1:]
     meshes = {"alone": sharding.make_mesh(devices=jax.devices()[:1])}
     meshes |= {shape: sharding.make_mesh(*MESHES[shape]) for shape in shapes or MESHES}
-    print(json.dumps({shape: losses(name, chunks, mesh) for shape, mesh in meshes.items()}))
+    print(
+        json.dumps(
+            {shape: losses(name, json.loads(options), mesh) for shape, mesh in meshes.items()}
+        )
+    )

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -192,10 +193,11 @@ def test_accumulation_is_the_mean_over_micro_batches():
 # ---- meshes ----
 
 
-def on_eight_devices(*arguments) -> tuple[list[float], dict]:
+def on_eight_devices(*arguments, **variables) -> tuple[list[float], dict]:
     """The losses of one device, and for each mesh the losses and the shapes of the parameters that were gathered."""
     command = [sys.executable, str(Path(__file__).with_name("eight_devices.py")), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    environment = {**os.environ, **variables}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     one, _ = found.pop("alone")
@@ -207,7 +209,9 @@ def on_eight_devices(*arguments) -> tuple[list[float], dict]:
 @pytest.mark.parametrize("name", METHODS)
 def test_eight_devices_give_the_losses_of_one(name):
     """On every mesh; and where only rows are spread, no parameter is gathered, for each device has it."""
-    one, found = on_eight_devices(name)
+    one, found = on_eight_devices(
+        name, JAX_DISABLE_MOST_OPTIMIZATIONS="1"
+    )  # compiling is most of it
     assert set(found) == {"8x1x1", "1x8x1", "4x2x1", "2x2x2"}
     for mesh, (values, _) in found.items():
         np.testing.assert_allclose(values, one, rtol=2e-5, err_msg=mesh)
@@ -216,10 +220,34 @@ def test_eight_devices_give_the_losses_of_one(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["blip_rerank", "fti4cir"])
-def test_chunks_beside_a_tensor_axis_give_the_losses_of_one_device(name):
-    one, found = on_eight_devices(name, "2", "2x2x2")
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("blip_rerank", {"chunks": 2}),
+        ("fti4cir", {"chunks": 2}),
+        ("fti4cir", {"accumulate": 2}),
+        ("clip", {"ring": True, "chunks": 2}),
+    ],
+)
+def test_beside_a_tensor_axis_parts_and_rings_give_the_losses_of_one_device(name, options):
+    """Compiled as for a run, with all optimisations."""
+    one, found = on_eight_devices(name, json.dumps(options), "2x2x2")
     np.testing.assert_allclose(found["2x2x2"][0], one, rtol=2e-5)
+
+
+@pytest.mark.slow
+def test_under_fsdp_no_layer_is_kept_whole_for_the_way_back(tiny_experiment):
+    """Without remat activations are kept, and parameters gathered again."""
+    method = dataclasses.replace(tiny_experiment.method, remat=False)
+    config = dataclasses.replace(tiny_experiment, method=method, data=tiny_experiment.data[:1])
+    mesh = sharding.make_mesh(fsdp=4)
+    made = program(config, mesh)
+    batch = dry_run.batch_shapes(config, dry_run.Kind(("text",), ("image",)), mesh)
+    text = made.step.lower(made.state, batch, np.int32(0)).compile().as_text()
+    kernel = made.state["params"]["image"]["blocks"]["mlp"]["up"]["kernel"]
+    layers, inputs, outputs = kernel.shape
+    assert f"f32[{layers},{inputs // 4},{outputs}]" in text
+    assert f"f32[{layers},{inputs},{outputs}]" not in text
 
 
 @pytest.mark.slow

@@ -643,7 +643,13 @@ def test_fine_tuning_keeps_how_a_recipe_trained(tmp_path):
         ClipConfig.tiny(INPUTS),
         (),
         Train(9, 8, **ours),
-        Optim(betas=(0.8, 0.9), epsilon=1e-6, layer_decay=0.7, undecayed=(".*/positions",)),
+        Optim(
+            betas=(0.8, 0.9),
+            epsilon=1e-6,
+            clip_norm=None,
+            layer_decay=0.7,
+            undecayed=(".*/positions",),
+        ),
     )
     model, about = drawn(recipe.method), {"experiment": portable(recipe)}
     save_model(tmp_path / "m", model.config, model.params, about=about)

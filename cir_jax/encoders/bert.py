@@ -24,7 +24,7 @@ from cir_jax.encoders.layers import (
     stack,
     subkey,
 )
-from cir_jax.large_batches import gathered
+from cir_jax.large_batches import gathered, remembered
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class Bert(nnx.Module):
             x = gathered(layer[0])(x, mask, None, layer[1])
             return x, x[:, :1] if first else x
 
-        step = jax.checkpoint(step) if self.remat else step
+        step = jax.checkpoint(step) if self.remat else remembered(step)
         states = jax.lax.scan(step, x, (self.blocks, layer_keys(key, depth)))[1][-layers:]
         return jnp.concatenate(list(states), axis=-1)
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from cir_jax.large_batches import gathered
+from cir_jax.large_batches import gathered, remembered
 
 Activation = Literal["quick_gelu", "gelu", "relu"]
 Dtype = Literal["float32", "bfloat16"]
@@ -207,7 +207,7 @@ def run(blocks, x, *args, each: tuple = (), remat: bool = True):
       each: trees with a leading layer axis; block i gets their slices i behind `args` (None stays None).
     """
     step = lambda x, layer: (gathered(layer[0])(x, *args, *layer[1]), None)
-    return jax.lax.scan(jax.checkpoint(step) if remat else step, x, (blocks, each))[0]
+    return jax.lax.scan(jax.checkpoint(step) if remat else remembered(step), x, (blocks, each))[0]
 
 
 def run_to_first(blocks, x, *args, each: tuple = (), remat: bool = True):
