@@ -14,6 +14,7 @@ from flax import nnx
 from cir_jax import checkpoint
 from cir_jax.bench import __main__ as bench
 from cir_jax.bench import encode, peers, shares, train
+from cir_jax.bench.step import milliseconds
 from cir_jax.commands import start
 from cir_jax.data.images import ImageSpec
 from cir_jax.data.inputs import Inputs
@@ -266,3 +267,9 @@ def test_a_line_for_each_side(capsys):
         "20%",
     ]
     assert second.split() == ["CLIP", "PyTorch", "float32", "2", "0.123", "1.50", "50%", "10,000"]
+
+
+@pytest.mark.slow
+def test_what_the_loop_costs_is_measured():
+    """On the real loop, whose every step is seen."""
+    assert all(0 < each < 1000 for each in milliseconds(100, 4))

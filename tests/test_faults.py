@@ -36,6 +36,7 @@ from cir_jax.data.pipeline import TRIES, substitutes, train_batches
 from cir_jax.data.text import TextSpec
 from cir_jax.methods.clip import ClipConfig
 from cir_jax.train import train
+from cir_jax.training.log import Log, records_until
 from cir_jax.training.watch import Watch
 
 INPUTS = Inputs(image=ImageSpec(size=64), text=TextSpec(vocab=str(VOCABULARY), length=24))
@@ -561,6 +562,14 @@ def test_utilisation_takes_the_operations_of_the_model_where_a_peak_is_known(
 
 # ---- kill -9 ----
 
+
+def test_the_log_of_a_run_that_saved_nothing_begins_anew(tmp_path):
+    for _ in range(2):  # killed behind step 2
+        log = Log(tmp_path / "log.jsonl")
+        log(1, {"loss": 2.0}), log(2, {"loss": 1.0})
+    assert [record["step"] for record in records_until(tmp_path / "log.jsonl", 9)] == [1, 2]
+
+
 KILLS = """
 import dataclasses
 from cir_jax.config import Data, Experiment, Optim, Train
@@ -590,6 +599,12 @@ class Kill:
 
     def __init__(self, workdir: Path, moment: float, inside: bool):
         self.workdir, self.moment, self.inside, self.since = workdir, moment, inside, None
+        self.left = self.written()
+
+    def written(self) -> tuple | None:
+        """Which log there is, and when it was last written: a new process first cuts off what is to be computed again."""
+        log = self.workdir / "log.jsonl"
+        return (log.stat().st_ino, log.stat().st_mtime_ns) if log.exists() else None
 
     def step(self) -> int:
         """The last step that is logged."""
@@ -603,7 +618,8 @@ class Kill:
         return [path.name for path in self.workdir.glob("checkpoints/*tmp*")]
 
     def __call__(self) -> bool:
-        if self.since is None and self.step() >= int(self.moment):
+        begun = int(self.moment) == 0 or self.written() != self.left
+        if self.since is None and begun and self.step() >= int(self.moment):
             self.since = time.monotonic()
         if self.since is None:
             return False
@@ -622,7 +638,7 @@ def kill_and_compare(folder: Path, count: int, seed: int) -> None:
     moments = sorted(draw.uniform(0, RUN) for _ in range(count))
     # After the moments of the last saves there may be no other.
     early = [number for number, moment in enumerate(moments) if moment < RUN - 2 * SAVE]
-    inside = set(draw.sample(early, -(-count // EVERY)))
+    inside = set(draw.sample(early, min(len(early), -(-count // EVERY))))
     print(f"seed {seed}: kills at the steps {[round(moment, 2) for moment in moments]}", flush=True)
     for number, moment in enumerate(moments):
         for _ in range(3 if number in inside else 1):  # a save may end before the signal arrives

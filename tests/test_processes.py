@@ -188,10 +188,12 @@ def embedded(pictures, tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_embedding_writes_the_same_bytes(pictures, embedded, tmp_path):
-    done = together(2, "cir_jax.embed", "emoji_text", pictures, tmp_path / "v", *EMBED)
-    assert content(tmp_path / "v") == content(embedded)
-    assert done.stdout == f"90 vectors of width {Vectors(embedded).width} in {tmp_path / 'v'}\n"
+@pytest.mark.parametrize("count", [2, 4])
+def test_embedding_writes_the_same_bytes(count, pictures, embedded, tmp_path):
+    folder = tmp_path / "v"
+    done = together(count, "cir_jax.embed", "emoji_text", pictures, folder, *EMBED)
+    assert content(folder) == content(embedded)
+    assert done.stdout == f"90 vectors of width {Vectors(embedded).width} in {folder}\n"
     assert done.stderr.count(f"{BROKEN}: cannot be read") == 1  # process 0 prints
 
 

@@ -128,7 +128,8 @@ class Ours:
         graph, _ = checkpoint.abstract_params(config.method)
         state = jax.eval_shape(make_init(config, tx), jax.random.key(0))
         moments = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state["opt"])
-        params = {part: drawn(state[part]) for part in ("params", "frozen")}
+        # Copied, because a step takes over memory of XLA's only, not numpy's.
+        params = {part: jax.tree.map(jnp.copy, drawn(state[part])) for part in ("params", "frozen")}
         self.state, self.batch, self.number = {**params, "opt": moments}, jax.device_put(batch), 0
         step = jax.jit(make_step(graph, tx, config.train.seed), donate_argnums=0)
         self._step = step.lower(self.state, self.batch, np.int32(0)).compile()

@@ -166,8 +166,8 @@ class Bert(nnx.Module):
     def last_states(self, ids, mask, layers: int, key=None, first=False) -> jax.Array:
         """The states behind the last `layers` layers side by side, lowest first: `[B, L, layers * width]`.
 
-        With `first` only those of position 0, `[B, 1, layers * width]`. Layers are not cut off the stack as in
-        `first_of`: that would copy their parameters for every batch.
+        With `first` only those of position 0, `[B, 1, layers * width]`. Layers are not cut off the stack: that would copy
+        their parameters for every batch.
         """
         depth = self.config.layers
         if not 1 <= layers <= depth:

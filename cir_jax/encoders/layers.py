@@ -211,12 +211,23 @@ def run(blocks, x, *args, each: tuple = (), remat: bool = True):
 
 
 def run_to_first(blocks, x, *args, each: tuple = (), remat: bool = True):
-    """Like `run`, for readers of position 0 only: the last block, called with `first=True`, computes just that."""
-    part = lambda index: jax.tree.map(lambda leaf: leaf[index], (blocks, each))
-    body, before = part(slice(None, -1))
-    last, rest = part(-1)
-    x = run(body, x, *args, each=before, remat=remat)
-    return gathered(last)(x, *args, *rest, first=True)
+    """Like `run`, for readers of position 0 only: the last block, called with `first=True`, computes just that.
+
+    The last turn of the loop branches: to cut the last block off the stack would copy all others for every batch.
+    """
+    layers = len(jax.tree.leaves(blocks)[0])
+
+    def step(x, layer):
+        block, (*rest, is_last) = gathered(layer[0]), layer[1]
+        whole = lambda: block(x, *args, *rest)
+        put = lambda x, first: x.at[:, :1].set(first)
+        first = lambda: jax.tree.map(put, x, block(x, *args, *rest, first=True))
+        return jax.lax.cond(is_last, first, whole), None
+
+    step = jax.checkpoint(step) if remat else remembered(step)
+    last = jnp.arange(layers) == layers - 1
+    x, _ = jax.lax.scan(step, x, (blocks, (*each, last)))
+    return jax.tree.map(lambda x: x[:, :1], x)
 
 
 def layer_keys(key: jax.Array | None, layers: int) -> jax.Array | None:

@@ -24,7 +24,7 @@ class Log:
         self.path, self.also, self.start = path, also, time.monotonic()
         before = list(records_until(path, first)) if path.exists() else []
         self.evaluated = bool(before) and before[-1]["step"] == first and "loss" not in before[-1]
-        if processes.first() and before:
+        if processes.first() and path.exists():
             write_records(path, before)
 
     def __call__(self, step: int, values: Mapping[str, float]) -> None:
