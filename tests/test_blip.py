@@ -359,6 +359,7 @@ def test_loss_and_gradients_of_stage2(precision):
     assert not np.any(head["down"]["kernel"][:, 1])
 
 
+@pytest.mark.slow
 def test_stage2_started_from_stage1(precision):
     """Both stages now have one picture encoder, as in use, so that the whole path from pictures to loss is checked."""
     params = golden.stage1_params(golden.stage1_tensors())
@@ -601,6 +602,7 @@ def test_every_parameter_learns_and_the_loss_falls(name):
     assert value < 0.7 * first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BLIP_METHODS)
 def test_every_product_of_bfloat16_returns_float32(name):
     loss, params = pure_loss(made(name, dtype="bfloat16"))
@@ -772,6 +774,7 @@ def test_noise_in_training_comes_from_the_key_alone(noisy, changed):
     assert differs(one, other) == differs(one, quiet) == changed
 
 
+@pytest.mark.slow
 def test_dropout_acts_inside_the_branches():
     model, rows = made("blip_rerank", dropout=0.3), jnp.ones((2, 5, 32))
     queries = {"fused": rows, "text": rows, "mask": jnp.ones((2, 5), bool)}

@@ -384,6 +384,7 @@ def test_one_pass_gives_tokens_and_feature():
     assert len(set(made.chosen.counts.tolist())) > 1
 
 
+@pytest.mark.slow
 def test_pseudo_words_replace_the_embeddings_of_stars():
     found = outputs()
     np.testing.assert_allclose(found["changed"], found["replaced"], atol=1e-5)
@@ -444,6 +445,7 @@ def test_loss_against_plain_loops():
     assert parts.keys() == {"contrastive", "orthogonality", "regularisation", "attributes"}
 
 
+@pytest.mark.slow
 def test_gradient_against_differences():
     with jax.enable_x64(True):
         own, loss = wide()

@@ -28,9 +28,10 @@ INPUTS = Inputs(image=ImageSpec(size=32), text=TextSpec(vocab=str(VOCABULARY), l
 METHODS_OF = {name: pair[1] for name, pair in METHODS.items()}
 SHORT = LENGTHS[0]
 RETRIEVERS = [name for name, method in METHODS_OF.items() if not hasattr(method, "score")]
-# lincir, pic2word and searle are one network; what takes long is left to .ci/run for two of them.
-ALIKE_LATER = [
-    pytest.param(name, marks=pytest.mark.slow if name in ("pic2word", "searle") else ())
+# Training takes long: of most methods it is left to .ci/run.
+TRAINED_EARLY = ("clip", "fti4cir", "lincir")
+ALL = [
+    pytest.param(name, marks=() if name in TRAINED_EARLY else pytest.mark.slow)
     for name in sorted(METHODS)
 ]
 RERANKERS = [name for name, method in METHODS_OF.items() if hasattr(method, "score")]
@@ -252,7 +253,7 @@ def test_scores_belong_to_the_candidate_not_to_its_place_or_neighbours(name):
     np.testing.assert_allclose(scores_of(name, others)[:, :2], scores[:, :2], atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ALIKE_LATER)
+@pytest.mark.parametrize("name", ALL)
 def test_gradients_are_finite_and_loss_falls(name):
     losses, finite = trained(name)
     assert finite

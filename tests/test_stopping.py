@@ -22,8 +22,6 @@ from cir_jax.vectors import Vectors, VectorWriter
 from cir_jax.workspace import Workspace, digest
 
 STOPS = {signal.SIGINT: (130, "interrupted"), signal.SIGTERM: (143, "terminated")}
-# Both signals take one way through the code; where a test takes long, the second is left to .ci/run.
-EITHER = [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
 KILLS = 10
 
 
@@ -192,7 +190,8 @@ config = Evaluation(
 """
 
 
-@pytest.mark.parametrize("number", EITHER)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", STOPS)
 def test_a_stopped_evaluation_keeps_its_runs_and_goes_on(number, tmp_path):
     (tmp_path / "some.py").write_text(EVAL)
     output = tmp_path / "results"

@@ -426,6 +426,7 @@ def test_text_of_any_script_is_answered(words, strange_index):
     assert all(np.isfinite(r.score) for r in found)
 
 
+@pytest.mark.slow
 def test_ten_megabytes_of_text_are_answered_by_their_beginning(strange_index, tmp_path):
     words = "a red fox in the snow " * 480_000
     assert len(words) > 10_000_000

@@ -189,6 +189,7 @@ def test_mistakes_are_found_before_the_first_step(tiny_experiment, changes, mess
         check_experiment(dataclasses.replace(tiny_experiment, **changes))
 
 
+@pytest.mark.slow
 def test_batches_do_not_depend_on_the_number_of_processes(tiny_experiment):
     def global_batches(processes):
         sets = [training_set(data) for data in tiny_experiment.data]
