@@ -146,7 +146,12 @@ def gradients(name, model, batch, **options):
 
 
 FAST = ("clip",)
-ALL = [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in METHODS]
+# pic2word and searle are the network of lincir, and learn from composed queries by the same loss.
+ALL = [
+    pytest.param(name, marks=() if name in FAST else pytest.mark.slow)
+    for name in METHODS
+    if name not in ("pic2word", "searle")
+]
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -223,7 +228,6 @@ def test_eight_devices_give_the_losses_of_one(name):
     ("name", "options"),
     [
         ("blip_rerank", {"chunks": 2}),
-        ("fti4cir", {"chunks": 2}),
         ("fti4cir", {"accumulate": 2}),
         ("clip", {"ring": True, "chunks": 2}),
     ],

@@ -25,26 +25,16 @@ def losses(config, mesh, steps=4):
     return values, state
 
 
-SLOW = pytest.mark.slow  # the others cover the same code, this one the rest of the table
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "fsdp, tensor",
-    [
-        pytest.param(1, 1, id="data", marks=SLOW),
-        pytest.param(4, 1, id="fsdp", marks=SLOW),
-        pytest.param(2, 2, id="all"),
-    ],
-)
-def test_four_devices_give_the_losses_of_one(tiny_experiment, fsdp, tensor):
+def test_four_devices_give_the_losses_of_one(tiny_experiment):
+    """With the data of a run; `test_large_batches.py` has other meshes, and all methods."""
     one, _ = losses(tiny_experiment, sharding.make_mesh(devices=jax.devices()[:1]))
-    four, state = losses(tiny_experiment, sharding.make_mesh(fsdp, tensor))
+    four, state = losses(tiny_experiment, sharding.make_mesh(2, 2))
     np.testing.assert_allclose(four, one, rtol=2e-5)
     assert len(set(one)) == len(one)
     kernel = state["params"]["image"]["blocks"]["mlp"]["up"]["kernel"]
     assert kernel.sharding.num_devices == 4
-    assert kernel.sharding.is_fully_replicated == (fsdp * tensor == 1)
+    assert not kernel.sharding.is_fully_replicated
 
 
 def test_moments_are_placed_like_their_parameters(tiny_experiment):

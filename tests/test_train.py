@@ -389,29 +389,6 @@ def test_unknown_data_set_is_one_clear_error():
 
 
 @pytest.mark.slow
-def test_two_processes_train_like_one(config, finished, tmp_path):
-    """The launcher, two processes with four devices each, the same losses and one model."""
-    launcher = Path(__file__).resolve().parents[1] / "launch" / "local.sh"
-    command = [
-        launcher,
-        "2",
-        sys.executable,
-        "-m",
-        "cir_jax.train",
-        config,
-        "--workdir",
-        tmp_path / "two",
-    ]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
-    one, two = losses(finished), losses(tmp_path / "two")
-    assert one.keys() == two.keys()
-    np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=1e-4)
-    for ours, theirs in zip(parameters(tmp_path / "two"), parameters(finished)):
-        np.testing.assert_allclose(ours, theirs, atol=1e-3)
-
-
-@pytest.mark.slow
 def test_a_batch_that_the_devices_cannot_hold_is_named(tiny_experiment, tmp_path, monkeypatch):
     def full(*arguments):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes.")
