@@ -17,8 +17,8 @@ def fine_tune(model: str, **changes) -> Experiment:
     follows its recipe, where it has one, more carefully:
       lr: a tenth of the recipe's, without one 1e-5: what the model knows is to be bent, not replaced. The warm-up is a
         tenth of the steps, at most 100, because the optimizer knows nothing yet; then half a cosine down to zero.
-      frozen, weight_decay, decay, undecayed, layer_decay, betas, epsilon, clip_norm: the recipe's. Frozen word vectors stay so, or words that the new data
-        lacks would be left behind by those it has.
+      frozen, weight_decay, decay, undecayed, layer_decay, betas, epsilon, clip_norm: the recipe's. Frozen word vectors
+        stay so, or words that the new data lacks would be left behind by those it has.
       augment, crop, mirror: the recipe's, without one none: `augment` is made for drawings on white, not for photographs.
       log_every, save_every, eval_every: twenty lines, ten measurements. best: "mrr", the steadiest on few queries.
       export_dtype: that of the model.
@@ -84,7 +84,7 @@ def _finished(model: str):
 
 def _gentler(recipe: Mapping, steps: int) -> Optim:
     """The optimizer to train a model further that a recipe, perhaps an unknown one, has made."""
-    kept = (
+    kept = [
         "weight_decay",
         "decay",
         "undecayed",
@@ -93,12 +93,7 @@ def _gentler(recipe: Mapping, steps: int) -> Optim:
         "epsilon",
         "clip_norm",
         "frozen",
-    )
-    same = {name: recipe[name] for name in kept if name in recipe}
-    return Optim(
-        lr=float(f"{recipe['lr'] / 10:.3g}") if "lr" in recipe else 1e-5,
-        warmup=min(100, steps // 10),
-        **{
-            name: tuple(value) if isinstance(value, list) else value for name, value in same.items()
-        },
-    )
+    ]
+    same = from_json(Optim, {name: recipe[name] for name in kept if name in recipe})
+    lr = float(f"{recipe['lr'] / 10:.3g}") if "lr" in recipe else 1e-5
+    return replace(same, lr=lr, warmup=min(100, steps // 10))

@@ -107,9 +107,8 @@ def gathered(params: Any) -> Any:
     """Parameters of a layer, or a tree of them, put together over the axis `fsdp`; what `tensor` cuts stays cut.
 
     So parameters come to the rows of a batch, which stay where they are. Left to the compiler, activations may travel
-    instead, and on a mesh of 2 x 2 x 2 XLA (jax 0.10.2) computes wrong gradients where `fsdp` cuts rows and columns of
-    one product and `tensor` cuts a third dimension. Stacks of blocks are left alone: `cir_jax.encoders.layers.run` gathers
-    a block when its turn has come.
+    instead, and on a mesh of 2 x 2 x 2 XLA (jax 0.10.2) computes wrong gradients of FTI4CIR. Stacks of blocks are left
+    alone: `cir_jax.encoders.layers.run` gathers a block when its turn has come.
     """
     mesh = _way().mesh
     if mesh is None:
@@ -119,21 +118,25 @@ def gathered(params: Any) -> Any:
         name = path_name(path).removesuffix("/value")  # as leaves of modules are called
         if stacked(name):
             return x
+        # The rules name a parameter by its module, which a block of its own does not have above it.
         kept = (axis if axis == "tensor" else None for axis in spec("/" + name, x.shape, mesh))
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*kept)))
 
     return jax.tree_util.tree_map_with_path(one, params)
 
 
-def remembered(step: Callable) -> Callable:
-    """A step of a loop whose activations are kept for the way back; gathered parameters are not, but gathered again."""
+def remembered(step: Callable, remat: bool) -> Callable:
+    """A step of a loop over layers, and what of it is kept for the way back.
+
+    With `remat` its input alone; without, its activations, but no gathered parameters: they are gathered again.
+    """
     mesh = _way().mesh
+    if remat:
+        return jax.checkpoint(step)
     if mesh is None or mesh.shape["fsdp"] == 1:
         return step
-    kept = lambda primitive, *_, **__: (
-        primitive.name != "sharding_constraint"
-    )  # which `gathered` is
-    return jax.checkpoint(step, policy=kept)
+    # A gathered parameter is the result of the only constraint inside a layer.
+    return jax.checkpoint(step, policy=lambda made, *_, **__: made.name != "sharding_constraint")
 
 
 def rings() -> bool:
@@ -161,6 +164,7 @@ def meet_all(meet: Callable, start: Any, own: Any, others: Any, *shared: jax.Arr
         return meet(start, own, others, 0, *shared)
 
     def turns(start, own, others, *shared):
+        """On each device: its own rows meet those that arrive, and send them on to the left."""
         me, devices = jax.lax.axis_index(ROWS), jax.lax.axis_size(ROWS)
         size = len(jax.tree.leaves(own)[0])
         to_the_left = [(device, (device - 1) % devices) for device in range(devices)]

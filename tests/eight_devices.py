@@ -1,6 +1,6 @@
 """The losses of a method on meshes of eight devices, as JSON; run by `test_large_batches.py` as a process of its own.
 
-python tests/eight_devices.py METHOD [CHUNKS [MESH ...]]
+python tests/eight_devices.py METHOD FIELDS_OF_TRAIN_AS_JSON [MESH ...]
 """
 
 import json
@@ -47,11 +47,8 @@ def losses(name, options, mesh) -> tuple[list[float], list[str]]:
 if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_default_matmul_precision", "highest")
-    name, options, *shapes = sys.argv[1:]
+    name, fields, *shapes = sys.argv[1:]
+    options = json.loads(fields)
     meshes = {"alone": sharding.make_mesh(devices=jax.devices()[:1])}
     meshes |= {shape: sharding.make_mesh(*MESHES[shape]) for shape in shapes or MESHES}
-    print(
-        json.dumps(
-            {shape: losses(name, json.loads(options), mesh) for shape, mesh in meshes.items()}
-        )
-    )
+    print(json.dumps({shape: losses(name, options, mesh) for shape, mesh in meshes.items()}))

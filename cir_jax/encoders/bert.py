@@ -180,7 +180,7 @@ class Bert(nnx.Module):
             x = gathered(layer[0])(x, mask, None, layer[1])
             return x, x[:, :1] if first else x
 
-        step = jax.checkpoint(step) if self.remat else remembered(step)
+        step = remembered(step, self.remat)
         states = jax.lax.scan(step, x, (self.blocks, layer_keys(key, depth)))[1][-layers:]
         return jnp.concatenate(list(states), axis=-1)
 

@@ -207,7 +207,7 @@ def run(blocks, x, *args, each: tuple = (), remat: bool = True):
       each: trees with a leading layer axis; block i gets their slices i behind `args` (None stays None).
     """
     step = lambda x, layer: (gathered(layer[0])(x, *args, *layer[1]), None)
-    return jax.lax.scan(jax.checkpoint(step) if remat else remembered(step), x, (blocks, each))[0]
+    return jax.lax.scan(remembered(step, remat), x, (blocks, each))[0]
 
 
 def run_to_first(blocks, x, *args, each: tuple = (), remat: bool = True):
@@ -224,9 +224,8 @@ def run_to_first(blocks, x, *args, each: tuple = (), remat: bool = True):
         first = lambda: jax.tree.map(put, x, block(x, *args, *rest, first=True))
         return jax.lax.cond(is_last, first, whole), None
 
-    step = jax.checkpoint(step) if remat else remembered(step)
     last = jnp.arange(layers) == layers - 1
-    x, _ = jax.lax.scan(step, x, (blocks, (*each, last)))
+    x, _ = jax.lax.scan(remembered(step, remat), x, (blocks, (*each, last)))
     return jax.tree.map(lambda x: x[:, :1], x)
 
 
